@@ -1,0 +1,492 @@
+"""data_prep.py: shards hold the text, whole or not at all; batches depend on row numbers alone."""
+import hashlib
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from collections import Counter
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data_prep
+from data_prep import (
+    arith,
+    count_draws,
+    get_batch,
+    get_windows,
+    open_data,
+    permute,
+    prepare,
+    windows_before,
+)
+from tokenizer import EOS_ID, get_tokenizer
+
+V = 512
+ROOT = Path(__file__).parents[1]
+XMODEL = dict(zip('abcdefghijklm', (.41, .20, .26, .01, .005, .005, .01, .0133, .009, .0391, .0285,
+                                    .0023, .0078)))
+
+
+def run(*args, **kwargs):
+    return subprocess.run([sys.executable, ROOT / 'data_prep.py', *map(str, args)], text=True,
+                          capture_output=True, check=False, **kwargs)
+
+
+def documents(folder, split, part=''):
+    """The decoded documents of a split, read back from its bytes alone."""
+    meta = json.loads((folder / 'meta.json').read_text())
+    ids = np.fromfile(folder / f'{split}.bin', meta['dtype'])
+    assert ids[-1] == EOS_ID and len(ids) == meta[split]['tokens']
+    decode = get_tokenizer(meta['vocab_size']).decode
+    return [decode(doc.tolist()) for doc in np.split(ids, np.flatnonzero(ids == EOS_ID) + 1)[:-1]]
+
+
+def text_of(document):
+    return document.removesuffix('<｜end▁of▁sentence｜>')
+
+
+def write_jsonl(path, *records):
+    path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+    return path
+
+
+@pytest.fixture(scope='module')
+def sets(tmp_path_factory):
+    """Three data sets: two of plain text of different sizes, and arith."""
+    root = tmp_path_factory.mktemp('data')
+    for name, n in (('big', 3000), ('small', 400)):
+        rng = np.random.default_rng(n)
+        texts = [{'text': ' '.join(map(str, rng.integers(0, 999, rng.integers(1, 30))))}
+                 for _ in range(n)]
+        prepare(write_jsonl(root / f'{name}.jsonl', *texts), root / name, V, val_fraction=0.1)
+    prepare('arith', root / 'arith', V, num_docs=1000)
+    return open_data(root, ['big', 'small', 'arith'], V)
+
+
+# --- shards ---
+
+@pytest.mark.parametrize('vocab_size, dtype', [(V, '<u2'), (65_536, '<u2'), (65_537, '<u4')])
+def test_a_folder_becomes_shards_and_meta(tmp_path, vocab_size, dtype):
+    texts = {'a.txt': 'Hello, 世界 😀\r\n', 'b.md': '# B\n', 'c/d.py': 'x = 1\n', 'c/e.rst': 'E\n',
+             '.git/f.txt': 'hidden', 'g.bin': 'no text', 'h.txt': '<｜end▁of▁sentence｜>'}
+    for name, text in texts.items():
+        (tmp_path / 'in' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'in' / name).write_bytes(text.encode())
+    (tmp_path / 'in' / 'i.jsonl').write_text('{"text": "one"}\n\n{"text": "two"}')
+    meta = prepare(tmp_path / 'in', tmp_path / 'out', vocab_size, val_fraction=0.3, on_error='skip')
+    expected = [texts[k] for k in ('a.txt', 'b.md', 'c/d.py', 'c/e.rst', 'h.txt')] + ['one', 'two']
+    found = [text_of(d) for split in ('train', 'val') for d in documents(tmp_path / 'out', split)]
+    assert sorted(found) == sorted(expected)
+    assert meta == json.loads((tmp_path / 'out' / 'meta.json').read_text())
+    assert sorted(os.listdir(tmp_path / 'out')) == ['meta.json', 'train.bin', 'val.bin']
+    assert meta['vocab_size'] == vocab_size and not meta['sft']
+    for split in ('train', 'val'):
+        content = (tmp_path / 'out' / f'{split}.bin').read_bytes()
+        ids = np.frombuffer(content, dtype)
+        assert meta[split]['sha256'] == hashlib.sha256(content).hexdigest()
+        assert meta[split]['tokens'] == len(ids) and ids.max() < vocab_size
+        assert meta[split]['documents'] == (ids == EOS_ID).sum() > 0
+    assert meta['train']['bytes'] + meta['val']['bytes'] == sum(len(t.encode()) for t in expected)
+
+
+def test_the_split_is_by_hash_and_about_val_fraction(tmp_path):
+    texts = [{'text': f'document {i % 2000}'} for i in range(4000)]         # each comes twice
+    source = write_jsonl(tmp_path / 'x.jsonl', *texts)
+    for out in ('one', 'again'):
+        prepare(source, tmp_path / out, V, val_fraction=0.2)
+    prepare(source, tmp_path / 'other', V, val_fraction=0.2, seed=2)
+    train, val = (documents(tmp_path / 'one', split) for split in ('train', 'val'))
+    assert not set(train) & set(val) and set(Counter(train + val).values()) == {2}
+    assert 0.17 < len(val) / 4000 < 0.23
+    assert (tmp_path / 'one/val.bin').read_bytes() == (tmp_path / 'again/val.bin').read_bytes()
+    assert documents(tmp_path / 'other', 'val') != val
+
+
+@pytest.mark.parametrize('n', [1, 2, 3])
+def test_few_documents_still_give_both_splits(tmp_path, n):
+    texts = [f'{i}\nline two\nline three\n' for i in range(n)]
+    source = write_jsonl(tmp_path / 'x.jsonl', *({'text': t} for t in texts))
+    prepare(source, tmp_path / 'out', V, val_fraction=1e-6)
+    train, val = (documents(tmp_path / 'out', split) for split in ('train', 'val'))
+    assert len(val) == 1 and len(train) == max(1, n - 1)
+    if n == 1:
+        assert [text_of(d) for d in train + val] == ['0\nline two\n', 'line three\n']
+    else:
+        assert sorted(map(text_of, train + val)) == texts
+
+
+def test_sft_documents_and_their_masks(tmp_path):
+    turns = [{'role': 'system', 'content': 'S'}, {'role': 'user', 'content': 'U'}]
+    answers = [{'role': 'assistant', 'content': 'A'}]
+    source = write_jsonl(
+        tmp_path / 'x.jsonl', {'text': 'plain'}, {'prompt': 'two? ', 'completion': '2\n'},
+        {'messages': turns + answers}, {'messages': answers + turns + answers})
+    meta = prepare(source, tmp_path / 'out', V, val_fraction=0.3)
+    data = open_data(tmp_path, ['out'], V)['out']
+    decode = get_tokenizer(V).decode
+    found = {(decode(prompt), text_of(decode(text)))
+             for split in ('train', 'val') for prompt, text in data.pairs(split)}
+    assert meta['sft'] and found == {
+        ('', 'plain'), ('two? ', '2\n'), ('System: S\n\nUser: U\n\nAssistant:', ' A'),
+        ('Assistant: A\n\nSystem: S\n\nUser: U\n\nAssistant:', ' A')}
+    for split in ('train', 'val'):                                  # EOS belongs to the completion
+        assert (data.masks[split][data.tokens[split] == EOS_ID] == 1).all()
+
+
+def test_max_mb_stops_and_counts_what_it_read(tmp_path):
+    source = write_jsonl(tmp_path / 'x.jsonl', *({'text': f'{i:0999}\n'} for i in range(50)), 'bad')
+    meta = prepare(source, tmp_path / 'out', V, max_mb=0.02)
+    assert meta['train']['documents'] + meta['val']['documents'] == 20 and not meta['skipped']
+
+
+@pytest.mark.parametrize('text', [' ' * 2_000_000, '\x00' * 2_000_000 + 'a', 'a' * 1_000_000,
+                                  'word \n' * 300_000, ' \t' * 600_000 + 'x'])
+def test_very_long_runs_are_encoded(text):
+    ids, n_prompt = data_prep.encode(V, ('', None, text))
+    assert get_tokenizer(V).decode(ids[:-1].tolist()) == text and n_prompt == 0
+
+
+def test_a_long_text_is_encoded_in_parts_as_if_whole():
+    source = ''.join(Path(f).read_text() for f in sorted(ROOT.glob('*.py')))
+    for text in (source, 'xy' + '\n' * 700):                              # cut between runs
+        text = (text * (1_200_000 // len(text) + 1))[:1_200_000]
+        ids, _ = data_prep.encode(16_384, ('', None, text))
+        assert len(data_prep.PART.findall(text)) >= 3
+        assert ids[:-1].tolist() == get_tokenizer(16_384).encode_ordinary(text)
+
+
+def test_all_cores_give_what_one_gives(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / 'x.jsonl', *({'text': f'{i} ' * 3000} for i in range(150)))
+    prepare(source, tmp_path / 'many', V)
+    monkeypatch.setattr(data_prep.ProcessPoolExecutor, 'map',
+                        lambda self, f, documents, chunksize: map(f, documents))
+    prepare(source, tmp_path / 'one', V)
+    for name in ('train.bin', 'val.bin', 'meta.json'):
+        assert (tmp_path / 'many' / name).read_bytes() == (tmp_path / 'one' / name).read_bytes()
+
+
+def test_stdlib_by_default(tmp_path):
+    done = run('--max_mb=0.3', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert any('import' in d for d in documents(tmp_path / 'data/stdlib', 'train'))
+
+
+# --- arith ---
+
+def test_arith_is_right_small_and_split_by_problem(tmp_path):
+    prepare('arith', tmp_path / 'arith', 16_384, num_docs=6000)
+    problems, lengths = {}, []
+    for split in ('train', 'val'):
+        problems[split] = set()
+        for document in documents(tmp_path / 'arith', split):
+            story, worked = text_of(document).split('\nAnswer:\n')
+            assert re.fullmatch(r'Question: .* How many \w+ does s?he have now\?', story)
+            *steps, last = worked.split('\n')
+            total = None
+            for step in steps:
+                a, sign, b, result = re.fullmatch(r'(\d+) ([-+*]) (\d+) = (\d+)', step).groups()
+                total = total if total is not None else int(a)
+                assert int(a) == total, document                    # goes on from the step before
+                total = {'+': total + int(b), '-': total - int(b), '*': total * int(b)}[sign]
+                assert total == int(result) and 0 <= total <= 30
+                assert b in story
+            assert last == f'#### {total}' and 1 <= len(steps) <= 3
+            numbers = re.findall(r'\d+', story)                     # told in the order of the steps
+            assert numbers == [steps[0].split()[0]] + [step.split()[2] for step in steps]
+            problems[split].add(tuple(step.split(' = ')[0] for step in steps))
+            lengths.append(1 + len(get_tokenizer(16_384).encode_ordinary(text_of(document))))
+    assert not problems['train'] & problems['val'] and len(problems['val']) > 50
+    assert 40 < np.mean(lengths) < 60 and max(lengths) < 100
+
+
+def test_arith_is_a_function_of_the_seed():
+    assert list(arith(50, 1)) == list(arith(50, 1)) != list(arith(50, 2))
+    assert list(arith(50, 1)) == list(arith(80, 1))[:50]
+
+
+# --- mistakes: one line, exit code 2, nothing left behind ---
+
+BAD = {
+    'latin1.txt': (b'caf\xe9', 'latin1.txt: not UTF-8'), 'empty.txt': (b'', 'empty.txt: empty'),
+    'blank.md': (b' \n', 'blank.md: empty'),
+    'a.jsonl': (b'{"text": "x"}\n{"te', 'a.jsonl:2: not JSON'),
+    'b.jsonl': (b'[1]', 'b.jsonl:1: should be an object with "text"'),
+    'c.jsonl': (b'{"content": "x"}', 'c.jsonl:1: should be an object with "text"'),
+    'd.jsonl': (b'{"text": 3}', 'd.jsonl:1: should be'), 'e.jsonl': (b'{"text": ""}', ':1: empty'),
+    'f.jsonl': (b'{"prompt": "x"}', ':1: should be'), 'g.jsonl': (b'"\xff"', ':1: not UTF-8'),
+    'h.jsonl': (b'{"text": "\\ud800"}', ':1: not UTF-8'), 'i.jsonl': (b'[' * 99999, ':1: not JSON'),
+    'j.jsonl': (b'{"messages": [{"role": "user", "content": "x"}]}', ':1: should be'),
+    'k.jsonl': (b'{"messages": ["x", {"role": "assistant", "content": "x"}]}', ':1: should be'),
+    'l.jsonl': (b'{"messages": [{"role": 1}, {"role": "assistant", "content": ""}]}', 'should be'),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_unusable_documents_are_named_or_skipped_and_counted(tmp_path, capsys, name):
+    source, (content, message) = tmp_path / 'in', BAD[name]
+    source.mkdir()
+    (source / 'z.jsonl').write_text('{"text": "one"}\n{"text": "two"}\n')
+    (source / name).write_bytes(content)
+    with pytest.raises(ValueError) as e:
+        prepare(source, tmp_path / 'out', V)
+    assert message in str(e.value) and '\n' not in str(e.value) and 'on_error=skip' in str(e.value)
+    assert os.listdir(tmp_path) == ['in']
+    meta = prepare(source, tmp_path / 'out', V, on_error='skip')
+    assert sum(meta['skipped'].values()) == 1 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('args, message', [
+    (['nowhere'], "nowhere: should be 'stdlib', 'arith', a folder, or a file ending in .txt"),
+    (['x.bin'], 'x.bin: should be'), (['hollow'], 'hollow: no documents'),
+    (['one.txt'], 'one.txt: one SFT document, or one line'),
+    (['arith', '--num_docs=0'], 'no documents'),
+    (['arith', '--num_docs=1'], 'one SFT document'), (['arith', '--vocab_size=9'], 'vocab_size=9'),
+    (['arith', '--val_fraction=1'], 'val_fraction=1.0 should lie between 0 and 1'),
+    (['arith', '--on_error=no'], '--on_error'), (['arith', '--seed=x'], '--seed'),
+    (['arith', '--colour=red'], '--colour'), (['arith', '--out_dir=x.bin/out'], 'x.bin'),
+    (['arith', '--out_dir=hollow'], 'hollow exists already: --overwrite replaces it'),
+    (['arith', '--out_dir=hollow', '--overwrite'], 'hollow holds something else'),
+])
+def test_mistakes_on_the_command_line(tmp_path, monkeypatch, capsys, args, message):
+    (tmp_path / 'hollow').mkdir()
+    (tmp_path / 'x.bin').write_text('x')
+    (tmp_path / 'one.txt').write_text('one line')
+    before = sorted(tmp_path.rglob('*'))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['data_prep.py', *args])
+    monkeypatch.setattr(signal, 'signal', lambda *_: None)
+    with pytest.raises(SystemExit) as e:
+        data_prep.main()
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and message in err and out == ''
+    assert err.startswith('data_prep.py: ') and err.count('\n') == 1
+    assert [p for p in sorted(tmp_path.rglob('*')) if p.name != 'data'] == before
+
+
+def test_an_existing_data_set_stays_unless_overwritten(tmp_path):
+    prepare('arith', tmp_path / 'x', V, num_docs=10)
+    before = (tmp_path / 'x/train.bin').read_bytes()
+    with pytest.raises(ValueError, match='x exists already'):
+        prepare('arith', tmp_path / 'x', V, num_docs=20)
+    assert (tmp_path / 'x/train.bin').read_bytes() == before
+    prepare('arith', tmp_path / 'x', V, num_docs=20, overwrite=True)
+    assert (tmp_path / 'x/train.bin').read_bytes() != before and os.listdir(tmp_path) == ['x']
+
+
+@pytest.mark.parametrize('overwrite', [False, True])
+def test_a_full_disk_leaves_what_was_there(tmp_path, overwrite):
+    args = ['arith', '--out_dir=x', '--vocab_size=512']
+    if overwrite:
+        assert run(*args, '--num_docs=10', cwd=tmp_path).returncode == 0
+        args.append('--overwrite')
+    before = {p: p.read_bytes() for p in (tmp_path / 'x').glob('*')}
+    done = run(*args, '--num_docs=4000', cwd=tmp_path,
+               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)))
+    assert done.returncode == 2 and done.stderr.count('\n') == 1, done.stderr
+    assert done.stderr.startswith('data_prep.py: x: ')
+    assert {p: p.read_bytes() for p in (tmp_path / 'x').glob('*')} == before
+    assert os.listdir(tmp_path) == ['x'] * overwrite
+
+
+@pytest.mark.parametrize('sign', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_run_leaves_no_data_set(tmp_path, sign):
+    code = ('import os, sys, data_prep as d; write = d.encode_all\n'
+            'def encode_all(*args):\n'
+            '    for i, document in enumerate(write(*args)):\n'
+            f'        if i == 100: os.kill(os.getpid(), {int(sign)})\n'
+            '        yield document\n'
+            'd.encode_all = encode_all; d.main()')
+    done = subprocess.run([sys.executable, '-c', code, 'arith', f'--out_dir={tmp_path}/x'],
+                          cwd=ROOT, text=True,
+                          capture_output=True, check=False, timeout=60)     # none is orphaned
+    assert not (tmp_path / 'x').exists()
+    if sign != signal.SIGKILL:
+        assert (done.returncode, done.stderr) == (2, 'data_prep.py: stopped; nothing was written\n')
+        assert os.listdir(tmp_path) == []
+
+
+def test_open_data_refuses_in_one_line(tmp_path):
+    def refused(message, vocab_size=V):
+        with pytest.raises(ValueError, match=message) as e:
+            open_data(tmp_path, ['x'], vocab_size)
+        assert '\n' not in str(e.value) and str(tmp_path / 'x') in str(e.value)
+    refused('meta.json is missing: python data_prep.py SOURCE --out_dir=.* --vocab_size=512')
+    meta = prepare('arith', tmp_path / 'x', V, num_docs=100)
+    refused('has vocab_size=512, the model 600', vocab_size=600)
+    (tmp_path / 'x/val_mask.bin').write_bytes(b'')
+    refused('val_mask.bin has 0 bytes, not the')
+    with open(tmp_path / 'x/train.bin', 'ab') as f:
+        f.write(b'xx')
+    refused('train.bin has')
+    for wrong in ('{', '[]', '{}', json.dumps({**meta, 'val': 3})):
+        (tmp_path / 'x/meta.json').write_text(wrong)
+        refused('meta.json is damaged')
+    (tmp_path / 'x/meta.json').write_text(json.dumps({**meta, 'tokenizer_sha256': 'f' * 64}))
+    refused('with tokenizer')
+
+
+# --- the loader ---
+
+@pytest.mark.parametrize('n', [1, 2, 3, 5, 17, 100, 1000, 4097])
+def test_permute_is_a_permutation_and_keyed(n):
+    i = np.arange(n)
+    assert sorted(permute(i, n, 'x', 1)) == list(i)
+    assert permute(i[:1], n, 'x', 1) == permute(i, n, 'x', 1)[:1]            # each on its own
+    if n >= 17:
+        assert (permute(i, n, 'x', 1) != permute(i, n, 'x', 2)).mean() > 0.7
+        assert (permute(i, n, 'x', 1) != i).mean() > 0.7
+
+
+def test_permute_looks_random_and_takes_large_ranges():
+    n = 1000                                                                # over 2000 keys
+    first = np.array([permute(np.arange(2), n, key) for key in range(2000)])
+    counts = np.bincount(first[:, 0] // 100, minlength=10)
+    assert (abs(counts - 200) < 70).all()                                   # 5 deviations
+    assert abs(np.corrcoef(first.T)[0, 1]) < 0.1
+    big = permute(np.arange(10_000), 10**9, 'x')
+    assert len(set(big.tolist())) == 10_000 and 0 <= big.min() and big.max() < 10**9
+    assert (np.diff(np.sort(big)) > 0).all() and abs(big.mean() / 10**9 - 0.5) < 0.02
+
+
+def test_the_global_batch_does_not_depend_on_ranks_or_accumulation(sets):
+    weights, batch, T = {'big': 0.5, 'small': 0.3, 'arith': 0.2}, 16, 64
+    for step in (0, 60, 61, 63):                                            # 62.5 is 1000 rows
+        whole = get_batch(sets, weights, range(step * batch, (step + 1) * batch), T, 7)
+        for ranks in (1, 2, 4):
+            for accumulation in (1, 2, 4):
+                n = batch // ranks // accumulation
+                parts = [get_batch(sets, weights, range(r, r + n), T, 7)
+                         for r in range(step * batch, (step + 1) * batch, n)]
+                for both, part in zip(whole, zip(*parts)):
+                    assert torch.equal(both, torch.cat(part))
+    assert whole[0].shape == whole[1].shape == (batch, T)
+    assert whole[0].dtype == whole[1].dtype == torch.int64
+
+
+@pytest.mark.parametrize('name, T', [('big', 64), ('small', 33), ('arith', 400)])
+def test_an_epoch_has_every_window_once_in_another_order(sets, name, T):
+    n = sets[name].n_windows('train', T)
+    in_order = [tuple(x) for x in get_windows(sets[name], 'train', range(n), T)[0].tolist()]
+    assert len(set(in_order)) == n > 20
+    rows = get_batch(sets, {name: 1}, range(2 * n), T, 3)[0].tolist()
+    epochs = [[tuple(x) for x in rows[:n]], [tuple(x) for x in rows[n:]]]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(in_order)
+    assert epochs[0] != in_order and epochs[0] != epochs[1]
+    other_seed = get_batch(sets, {name: 1}, range(n), T, 4)[0].tolist()
+    assert [tuple(x) for x in other_seed] != epochs[0]
+    started = get_batch(sets, {name: 1}, range(n - 5), T, 3, start={name: 5})[0].tolist()
+    assert [tuple(x) for x in started] == epochs[0][5:]
+
+
+def test_plain_windows_are_the_text(sets):
+    ids, T = sets['small'].tokens['train'], 33
+    n = sets['small'].n_windows('train', T)
+    x, y = get_windows(sets['small'], 'train', range(n), T)
+    assert n * T + 1 <= len(ids) < (n + 1) * T + 1
+    assert torch.equal(x.flatten(), torch.from_numpy(ids[:n * T].astype(np.int64)))
+    assert torch.equal(y.flatten(), torch.from_numpy(ids[1:n * T + 1].astype(np.int64)))
+
+
+@pytest.mark.parametrize('weights', [
+    {'big': 0.5, 'small': 0.3, 'arith': 0.2}, {'big': 3, 'small': 1},
+    {'arith': 0.001, 'big': 0.999}, {'small': 1, 'big': 0}])
+def test_weights_are_exact_in_every_thousand(sets, weights):
+    in_thousand = {name: Fraction(str(w)) * 1000 / sum(Fraction(str(v)) for v in weights.values())
+                   for name, w in weights.items()}
+    for b in (0, 1, 999, 123_456):
+        after, before = (count_draws(weights, n, 5) for n in (1000 * b + 1000, 1000 * b))
+        assert {name: after[name] - before[name] for name in weights} == in_thousand
+
+
+def test_no_drift_over_a_hundred_thousand_thousands():
+    exact = {name: Fraction(str(w)) for name, w in XMODEL.items()}
+    for b in (*range(300), *range(99_900, 100_001)):
+        for name, n in count_draws(XMODEL, 1000 * b, 5).items():
+            assert abs(n - 1000 * b * exact[name]) < 1
+
+
+def test_the_counted_draws_are_the_drawn(sets):
+    """Rows of data sets of one repeated id each: the id tells whose row it is."""
+    class Fake:
+        def __init__(self, k):
+            self.k, self.masks, self.tokens = k, {}, {'train': np.full(10**6, k)}
+            self.n_windows, self.spans = data_prep.Dataset.n_windows.__get__(self), \
+                data_prep.Dataset.spans.__get__(self)
+    data = {name: Fake(k) for k, name in enumerate(XMODEL)}
+    drawn = get_batch(data, XMODEL, range(2500), 4, 5)[0][:, 0].tolist()
+    for n in (0, 1, 999, 1000, 1001, 1777, 2500):
+        assert list(count_draws(XMODEL, n, 5).values()) == [drawn[:n].count(k) for k in range(13)]
+    halves = get_batch(data, {'a': 1, 'b': 1}, range(2000), 4, 5)[0][:, 0].tolist()
+    assert halves[:1000] != halves[1000:] and drawn != sorted(drawn)         # shuffled anew
+
+
+@pytest.mark.parametrize('weights', [
+    {'big': -1, 'small': 2}, {'big': 0}, {}, {'big': 1, 'small': 1e-4}])
+def test_unfit_weights_are_refused(weights):
+    with pytest.raises(ValueError, match='weight'):
+        count_draws(weights, 1, 5)
+
+
+def test_phases_go_on_where_those_before_stopped(sets):
+    first = {'steps': 7, 'batch': 9, 'block_size': 32, 'data': {'big': 0.7, 'small': 0.3}}
+    second = {'steps': 9, 'batch': 5, 'block_size': 32, 'data': {'small': 0.5, 'big': 0.5}}
+    start = windows_before([first, second], second, 11)
+    assert sum(start.values()) == 63 and windows_before([first], first, 11) == {}
+    rows = [get_batch(sets, phase['data'], range(phase['steps'] * phase['batch']), 32, 11, start)[0]
+            for phase, start in ((first, None), (second, start))]
+    assert len({tuple(x) for x in torch.cat(rows).tolist()}) == 63 + 45
+
+
+def test_a_block_longer_than_the_data_is_refused(sets):
+    with pytest.raises(ValueError, match='small: block_size=100000 is too long for its val split'):
+        sets['small'].n_windows('val', 100_000)
+
+
+@pytest.mark.parametrize('T', [127, 128, 512])
+def test_sft_windows_hold_whole_documents(sets, T):
+    x, y = get_windows(sets['arith'], 'train', range(sets['arith'].n_windows('train', T)), T)
+    whole, sizes = [], []
+    for inputs, targets in zip(x.tolist(), y.tolist()):
+        n = sum(t >= 0 for t in targets)
+        assert targets[n:] == [-1] * (T - n) and inputs[n:] == [EOS_ID] * (T - n)
+        assert inputs[1:n] == targets[:n - 1]
+        ids = inputs[:1] + targets[:n]
+        assert ids[-1] == EOS_ID
+        ends = [i + 1 for i, t in enumerate(ids) if t == EOS_ID]
+        whole += [ids[a:b] for a, b in zip([0, *ends], ends)]
+        sizes.append((len(ids), ends[0]))
+    pairs = sets['arith'].pairs('train')
+    assert whole == [prompt + text for prompt, text in pairs]
+    for (size, _), (_, next_document) in pairwise(sizes):                   # greedy: no more fits
+        assert size + next_document > T + 1
+
+
+def test_an_sft_document_longer_than_a_window_has_its_own(sets):
+    T = 60                                                                  # about half are longer
+    n = sets['arith'].n_windows('train', T)
+    x, y = get_windows(sets['arith'], 'train', range(n), T)
+    first = [prompt + text for prompt, text in sets['arith'].pairs('train')]
+    cut = [document[:T + 1] for document in first if len(document) > T + 1]
+    windows = [a[:1] + [t for t in b if t >= 0] for a, b in zip(x.tolist(), y.tolist())]
+    assert len(cut) > 100 and [w for w in windows if w[-1] != EOS_ID] == cut
+
+
+def test_completion_only_has_loss_on_completions_alone(sets):
+    T = 512
+    n = sets['arith'].n_windows('val', T)
+    _, y = get_windows(sets['arith'], 'val', range(n), T, completion_only=True)
+    every = get_windows(sets['arith'], 'val', range(n), T)[1]
+    assert y[y >= 0].tolist() == [t for _, text in sets['arith'].pairs('val') for t in text]
+    assert torch.equal(y[y >= 0], every[y >= 0]) and (every >= 0).sum() > (y >= 0).sum()
+    plain = (get_windows(sets['big'], 'val', [0], T, only)[1] for only in (False, True))
+    assert torch.equal(*plain)
+    batch = get_batch(sets, {'arith': 1}, range(8), T, 1, completion_only=True)[1]
+    assert 0 < (batch >= 0).sum() < (get_batch(sets, {'arith': 1}, range(8), T, 1)[1] >= 0).sum()
