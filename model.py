@@ -1,0 +1,393 @@
+"""The Xmodel-2.5 network (arXiv 2511.19496, sec. 2) with µP: a decoder-only transformer of pre-norm
+blocks, RMSNorm, rotary positions, grouped-query attention, SwiGLU, one matrix for input and output.
+
+µP (maximal update parametrisation, Tensor Programs V, arXiv 2203.03466) answers one question: how
+must init, multipliers and learning rates change with width so that every activation moves by the
+same amount in a step, whatever the width? Where they do, a learning rate found on a 256-wide proxy
+is the right one at width 1536. All of its rules stand in `mup_table`; init, forward pass and
+optimizer groups read them there.
+
+    python model.py        # the table, and the parameters of the 1.3B model
+"""
+import math
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class XmodelConfig:
+    n_layer: int = 48
+    n_head: int = 24             # query heads
+    n_kv_head: int = 8           # key-value heads, each shared by n_head / n_kv_head query heads
+    n_embd: int = 1536           # width, C
+    n_ffn: int = 3840            # hidden width of the SwiGLU, 2.5 C
+    vocab_size: int = 129_280
+    block_size: int = 131_072    # longest text the model is meant for; the code itself has no limit
+    rope_theta: float = 500_000.0
+    norm_eps: float = 1e-5
+    mup_base_width: int = 256    # width at which µP and the proxy's hyperparameters agree
+    input_scale: float = 12.0
+    output_scale: float = 1.0
+    residual_scale: float = 1.4
+    init_std: float = 0.1
+    mup_rules: str = 'textbook'  # 'textbook' | 'authors' | 'sp', see mup_table
+
+    def __post_init__(self):
+        for name in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_ffn', 'vocab_size'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name}={getattr(self, name)} should be at least 1')
+        for part, whole in (('n_head', 'n_embd'), ('n_kv_head', 'n_head')):
+            a, b = getattr(self, part), getattr(self, whole)
+            if b % a:
+                raise ValueError(f'{part}={a} does not divide {whole}={b}')
+        self.hd = self.n_embd // self.n_head                       # size of a head
+        if self.hd % 2:
+            raise ValueError(f'head size n_embd / n_head = {self.hd} is odd; RoPE rotates pairs')
+        if self.mup_rules not in ('textbook', 'authors', 'sp'):
+            raise ValueError(f"mup_rules={self.mup_rules!r} is not 'textbook', 'authors' or 'sp'")
+
+
+# --------------------------------------------------------------------------------------------------
+# µP: one table
+
+class Rule(NamedTuple):
+    """What µP prescribes for one role in the network; None where the role has no such thing."""
+    init_std: float | None       # std of the normal init (a gain starts at exactly 1)
+    multiplier: float            # factor in the forward pass
+    lr_knob: str | None          # which learning rate it follows: 'learning_rate' or 'embedding_lr'
+    lr_mult: float | None        # factor on that learning rate
+    weight_decay: bool | None
+
+
+def mup_table(c):
+    """role -> Rule for an XmodelConfig, by its mup_rules.
+
+    'textbook' is Tensor Programs V, table 8 (Adam), with the embedding tied to the output, and with
+    depth-µP's 1/sqrt(L) on residual branches (Tensor Programs VI, arXiv 2310.02244). 'authors' is
+    Xmodel-2.5's released code, which deviates twice: branch outputs start at a std that does not
+    shrink with width, and norm gains share the matrices' learning rate. At the base width (m = 1)
+    both are the same. 'sp' is standard parametrisation, with nanoGPT's init.
+    """
+    m = c.n_embd / c.mup_base_width                     # width multiplier, 6 for the 1.3B model
+    L, std = c.n_layer, c.init_std
+    branch = c.residual_scale / math.sqrt(L)
+    lr, emb = 'learning_rate', 'embedding_lr'
+    textbook = {
+        #                  init std                  multiplier          learning rate   decay
+        'embedding':  Rule(std,                      c.input_scale,      emb,  1,        True),
+        'matrix':     Rule(std / math.sqrt(m),       1,                  lr,   1 / m,    True),
+        'branch_out': Rule(std / math.sqrt(2*L * m), branch,             lr,   1 / m,    True),
+        'gain':       Rule(None,                     1,                  lr,   1,        False),
+        'attention':  Rule(None,                     1 / c.hd,           None, None,     None),
+        'logits':     Rule(None,                     c.output_scale / m, None, None,     None),
+    }
+    authors = textbook | {
+        'branch_out': Rule(std / math.sqrt(2*L),     branch,             lr,   1 / m,    True),
+        'gain':       Rule(None,                     1,                  lr,   1 / m,    False),
+    }
+    std = std / 5                                       # 0.02 where µP has its default, 0.1
+    sp = {
+        'embedding':  Rule(std,                      1,                  lr,   1,        True),
+        'matrix':     Rule(std,                      1,                  lr,   1,        True),
+        'branch_out': Rule(std / math.sqrt(2*L),     1,                  lr,   1,        True),
+        'gain':       Rule(None,                     1,                  lr,   1,        False),
+        'attention':  Rule(None,                     1 / math.sqrt(c.hd), None, None,     None),
+        'logits':     Rule(None,                     c.output_scale,     None, None,     None),
+    }
+    return {'textbook': textbook, 'authors': authors, 'sp': sp}[c.mup_rules]
+
+
+def role_of(name):
+    """The role in mup_table of the parameter called `name` in Xmodel.named_parameters()."""
+    module = name.split('.')[-2]
+    return {'embed': 'embedding', 'qkv': 'matrix', 'gate_up': 'matrix',
+            'out': 'branch_out', 'down': 'branch_out'}.get(module, 'gain')
+
+
+# --------------------------------------------------------------------------------------------------
+# The network
+
+def rope_angles(positions, hd, theta):
+    """positions (..., T) -> cos, sin (..., T, 1, hd/2) of RoPE's angles (arXiv 2104.09864, eq. 15).
+
+    In fp32: bf16 would round the angle of position 16 000 by up to 32 radians.
+    """
+    inv_freq = theta ** (-torch.arange(0, hd, 2, device=positions.device).float() / hd)  # (hd/2,)
+    angles = (positions.float()[..., None] * inv_freq)[..., None, :]            # (..., T, 1, hd/2)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x, cos, sin):
+    """Rotate x (B, T, n_head, hd) by its positions' angles; pairs are (i, i + hd/2) as in Llama."""
+    x1, x2 = x.float().chunk(2, dim=-1)                            # (B, T, n_head, hd/2) each
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c, rule):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.hd = c.n_head, c.n_kv_head, c.hd
+        self.scale = rule.multiplier
+        kv = self.n_kv_head * self.hd
+        self.qkv = nn.Linear(c.n_embd, c.n_embd + 2 * kv, bias=False)
+        self.qkv.weight.parts = (c.n_embd, kv, kv)                 # for muon.Muon(split=True)
+        self.out = nn.Linear(c.n_embd, c.n_embd, bias=False)
+
+    def forward(self, x, cos, sin, cache=None, mask=None):
+        B, T, C = x.shape
+        qkv = self.qkv(x).view(B, T, -1, self.hd)                 # (B, T, n_head + 2 n_kv_head, hd)
+        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))          # (B, n_head or n_kv_head, T, hd)
+        if cache is not None:
+            k, v = cache.append(k, v)                             # (B, n_kv_head, all T so far, hd)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           scale=self.scale, enable_gqa=True)
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), arXiv 2002.05202; gate and up are one fused weight."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.gate_up = nn.Linear(c.n_embd, 2 * c.n_ffn, bias=False)
+        self.gate_up.weight.parts = (c.n_ffn, c.n_ffn)             # for muon.Muon(split=True)
+        self.down = nn.Linear(c.n_ffn, c.n_embd, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)                # (B, T, n_ffn) each
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, c, table):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
+        self.attn = Attention(c, table['attention'])
+        self.norm2 = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
+        self.ffn = SwiGLU(c)
+        self.branch = table['branch_out'].multiplier
+
+    def forward(self, x, cos, sin, cache=None, mask=None):
+        x = x + self.branch * self.attn(self.norm1(x), cos, sin, cache, mask)
+        return x + self.branch * self.ffn(self.norm2(x))
+
+
+class Xmodel(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.table = mup_table(config)
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)         # also the output matrix
+        self.blocks = nn.ModuleList(Block(config, self.table) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.set_compiled(False)
+        for name, p in self.named_parameters():
+            std = self.table[role_of(name)].init_std
+            nn.init.ones_(p) if std is None else nn.init.normal_(p, std=std)
+
+    def forward(self, idx, targets=None):
+        """idx, targets (B, T) int64 -> (logits, loss).
+
+        Without targets: logits (B, T, vocab_size), loss None. With targets: logits None (they are
+        never all in memory at once) and the mean cross-entropy in nats over targets other than -1.
+        """
+        cos, sin = rope_angles(torch.arange(idx.size(1), device=idx.device),
+                               self.config.hd, self.config.rope_theta)
+        x = self.hidden(idx, cos, sin)                                          # (B, T, C)
+        if targets is None:
+            return self.logits(x), None
+        return None, self.cross_entropy(x.flatten(0, 1), self.embed.weight, targets.flatten(),
+                                        self.table['logits'].multiplier)
+
+    def hidden(self, idx, cos, sin, cache=None, mask=None):
+        """The residual stream after the last block, normed: (B, T, C)."""
+        x = self.embed(idx) * self.table['embedding'].multiplier                # (B, T, C)
+        for i, block in enumerate(self.blocks):
+            x = block(x, cos, sin, cache and cache[i], mask)
+        return self.norm(x)
+
+    def logits(self, x):
+        """x (..., C) -> logits (..., vocab_size), through the tied embedding."""
+        return F.linear(x, self.embed.weight) * self.table['logits'].multiplier
+
+    def set_compiled(self, on):
+        """Run blocks and loss through torch.compile, or eagerly again.
+
+        All blocks share one compiled graph; the whole model as one takes longer and runs no faster.
+        """
+        for block in self.blocks:
+            block._compiled_call_impl = None
+            if on:
+                block.compile(dynamic=False)
+        self.cross_entropy = torch.compile(chunked_cross_entropy, dynamic=False) if on \
+            else chunked_cross_entropy
+
+    def try_compiled(self, x, y, autocast):
+        """set_compiled(True), unless that fails or changes the loss of x, y; says which it was."""
+        def loss(compiled):
+            self.set_compiled(compiled)
+            with autocast:
+                loss = self(x, y)[1]
+            loss.backward()
+            self.zero_grad()
+            return loss.item()
+
+        eager, began, trouble = loss(compiled=False), time.time(), ''
+        try:
+            compiled = loss(compiled=True)
+        except Exception as e:  # noqa: BLE001                     (a compiler can fail in any way)
+            compiled, trouble = math.nan, f' ({type(e).__name__}: {str(e)[:80]!r})'
+        if abs(compiled - eager) <= 0.01 * eager:                  # bf16 rounds at 0.4 %
+            return (f'compiled for {x.size(0)} x {x.size(1)} tokens, {time.time() - began:.0f} s: '
+                    f'loss {compiled:.4f}, eager {eager:.4f}')
+        self.set_compiled(False)                                   # here also where loss is NaN
+        self.zero_grad()
+        return f'compiled loss {compiled:.4f}, eager {eager:.4f}{trouble}: going on in eager mode'
+
+    def param_groups(self, weight_decay=0.1):
+        """Optimizer groups, one a role: {params, role, lr_knob, lr_mult, weight_decay}.
+
+        A group's learning rate is the knob `lr_knob` times `lr_mult`; its decoupled decay a step is
+        that learning rate times `weight_decay` (0.1 on matrices and embedding, none on gains).
+        """
+        params = {}
+        for name, p in self.named_parameters():
+            params.setdefault(role_of(name), []).append(p)
+        return [{'params': ps, 'role': role, 'lr_knob': self.table[role].lr_knob,
+                 'lr_mult': self.table[role].lr_mult,
+                 'weight_decay': weight_decay if self.table[role].weight_decay else 0.0}
+                for role, ps in params.items()]
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
+                 stop_token=None, generator=None):
+        """Continue B prompts, non-empty lists of token ids of any lengths; yields (B,) ids a step.
+
+        temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole. A row that has
+        met stop_token repeats it, and generation ends when all rows have.
+        """
+        c, device = self.config, self.embed.weight.device
+        P = max(map(len, prompts))
+        pad = torch.tensor([P - len(p) for p in prompts], device=device)        # (B,), on the left
+        idx = torch.tensor([[0] * (P - len(p)) + list(p) for p in prompts], device=device)  # (B, P)
+        cache = [KVCache(len(prompts), c, P + max_new_tokens) for _ in self.blocks]
+        done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        for total in range(P, P + max_new_tokens):
+            keys = torch.arange(total, device=device)                           # cache's columns
+            queries = keys[-idx.size(1):, None]                                 # (Tq, 1)
+            positions = (queries[:, 0] - pad[:, None]).clamp(min=0)             # (B, Tq)
+            cos, sin = rope_angles(positions, c.hd, c.rope_theta)               # (B, Tq, 1, hd/2)
+            start = pad[:, None, None]                                          # (B, 1, 1)
+            mask = (keys <= queries) & ((keys >= start) | (queries < start))    # (B, Tq, total)
+            x = self.hidden(idx, cos, sin, cache, mask[:, None])                # (B, Tq, C)
+            logits = self.logits(x[:, -1]).float()                              # (B, vocab_size)
+            token = sample_token(logits, temperature, top_k, top_p, generator)  # (B,)
+            if stop_token is not None:
+                token = token.masked_fill(done, stop_token)
+                done |= token == stop_token
+            yield token
+            if done.all():
+                return
+            idx = token[:, None]                                                # (B, 1)
+
+    def flops_per_token(self, T):
+        """Training FLOPs a token: 6 a weight, and in attention 12 n_embd for each of T/2 keys."""
+        return 6 * self.num_params() + 12 * self.config.n_embd * self.config.n_layer * T // 2
+
+    def num_params(self, embedding=True):
+        """Number of parameters; without the embedding, the N of tokens-per-parameter rules."""
+        n = sum(p.numel() for p in self.parameters())
+        return n if embedding else n - self.embed.weight.numel()
+
+
+# --------------------------------------------------------------------------------------------------
+# Loss in chunks: with 129 280 words, the logits of one 16 384-token row would fill 8.5 GB in fp32
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of softmax(multiplier · x Wᵀ); gradients are computed in the forward pass.
+
+    d loss / d logits = (softmax - onehot) / N needs nothing from later layers, so each chunk of
+    rows makes its logits, takes from them the loss and both gradients, and drops them: no product
+    is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, multiplier, dtype, with_grad):
+        w, x = weight.to(dtype), x.to(dtype)                                    # (V, C), (N, C)
+        rows = max(1, 2**24 // len(w))                                      # 64 MB of fp32 logits
+        share = multiplier / (targets >= 0).sum().clamp(min=1)
+        total = torch.zeros((), device=x.device)
+        grad_x = torch.empty_like(x) if with_grad else None
+        grad_w = torch.zeros_like(w, dtype=torch.float32) if with_grad else None
+        for i in range(0, len(x), rows):
+            xs, ts = x[i:i + rows], targets[i:i + rows]
+            logits = (xs @ w.T).float() * multiplier                            # (rows, V)
+            lse = logits.logsumexp(-1, keepdim=True)                            # (rows, 1)
+            valid, at = (ts >= 0)[:, None], ts.clamp(min=0)[:, None]            # (rows, 1)
+            total += ((lse - logits.gather(1, at)) * valid).sum()
+            if with_grad:
+                onehot = torch.arange(len(w), device=x.device) == at        # (rows, V)
+                grad = (((logits - lse).exp() - onehot.float()) * (valid * share)).to(dtype)
+                grad_x[i:i + rows] = grad @ w
+                grad_w += grad.T @ xs
+        if with_grad:
+            ctx.save_for_backward(grad_x, grad_w)
+        return total * share / multiplier
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_x, grad_w = ctx.saved_tensors
+        return grad_x * grad_loss, grad_w * grad_loss, None, None, None, None
+
+
+def chunked_cross_entropy(x, weight, targets, multiplier):
+    """x (N, C), weight (V, C), targets (N,) with -1 = ignored -> scalar loss in nats."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return ChunkedCrossEntropy.apply(x, weight, targets, multiplier, dtype, torch.is_grad_enabled())
+
+
+# --------------------------------------------------------------------------------------------------
+# Generation
+
+class KVCache:
+    """One layer's keys and values, (B, n_kv_head, max_len, hd) each, filled from the left."""
+
+    def __init__(self, B, c, max_len):
+        self.shape, self.end, self.kv = (B, c.n_kv_head, max_len, c.hd), 0, None
+
+    def append(self, k, v):
+        """k, v (B, n_kv_head, T, hd) of the next T positions -> those of all positions so far."""
+        if self.kv is None:                                        # now dtype and device are known
+            self.kv = k.new_empty(2, *self.shape)
+        self.end += k.size(2)
+        self.kv[0, :, :, self.end - k.size(2):self.end] = k
+        self.kv[1, :, :, self.end - k.size(2):self.end] = v
+        return self.kv[:, :, :, :self.end]
+
+
+def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """logits (B, vocab_size) -> ids (B,), of the top_k likeliest and those making up mass top_p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits, ids = (logits / temperature).sort(descending=True)     # (B, vocab_size) each
+    if top_k:
+        logits[:, top_k:] = -math.inf
+    p = logits.softmax(-1)
+    p[p.cumsum(-1) - p >= top_p] = 0                               # the likeliest always stays
+    return ids.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
+
+
+if __name__ == '__main__':
+    with torch.device('meta'):
+        model = Xmodel(XmodelConfig())
+    for role, rule in model.table.items():
+        print(f'{role:11} {rule}')
+    print(f'{model.num_params():,} parameters, {model.num_params(False):,} without the embedding')

@@ -1,0 +1,417 @@
+"""model.py: network against transformers' Granite, loss, µP's table, generation, loading."""
+import math
+import pickle
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import configurator
+import train
+from checkpoint import load_model
+from model import (
+    Xmodel,
+    XmodelConfig,
+    apply_rope,
+    chunked_cross_entropy,
+    mup_table,
+    role_of,
+    rope_angles,
+    sample_token,
+)
+
+TINY = XmodelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_ffn=160, vocab_size=96,
+                    block_size=64)                                           # m = 0.25
+WIDE = replace(TINY, n_head=24, n_kv_head=8, n_embd=1536, n_ffn=256)         # m = 6
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Steps this small only wait for each other's threads: 200 x slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build(c, seed=0, device='cpu'):
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return Xmodel(c)
+
+
+def ids(c, *shape, seed=1):
+    return torch.randint(c.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(a, b, tol, what=''):
+    """Largest difference below tol of the tensor's scale, its largest entry."""
+    assert a.shape == b.shape, what
+    error = ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+    assert error < tol, f'{what} differs by {error:.1e} of its scale'
+
+
+# --- against transformers' GraniteForCausalLM, the same network written by others ---
+
+def granite(model):
+    """A GraniteForCausalLM with the model's weights, and {its name: name and rows of ours}."""
+    transformers = pytest.importorskip('transformers')
+    c = model.config
+    theirs = transformers.GraniteForCausalLM(transformers.GraniteConfig(
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_ffn,
+        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+        num_key_value_heads=c.n_kv_head, rms_norm_eps=1e-5, tie_word_embeddings=True,
+        rope_parameters={'rope_type': 'default', 'rope_theta': 500_000.0},
+        embedding_multiplier=12.0, attention_multiplier=c.n_head / c.n_embd,
+        residual_multiplier=1.4 / c.n_layer**0.5,
+        logits_scaling=c.n_embd / 256 / c.output_scale))
+    kv, all_rows = c.n_kv_head * c.n_embd // c.n_head, slice(None)
+    names = {'model.embed_tokens.weight': ('embed.weight', all_rows),
+             'model.norm.weight': ('norm.weight', all_rows)}
+    for i in range(c.n_layer):
+        for name, ours, rows in (
+                ('input_layernorm', 'norm1', all_rows),
+                ('post_attention_layernorm', 'norm2', all_rows),
+                ('self_attn.q_proj', 'attn.qkv', slice(c.n_embd)),
+                ('self_attn.k_proj', 'attn.qkv', slice(c.n_embd, c.n_embd + kv)),
+                ('self_attn.v_proj', 'attn.qkv', slice(c.n_embd + kv, None)),
+                ('self_attn.o_proj', 'attn.out', all_rows),
+                ('mlp.gate_proj', 'ffn.gate_up', slice(c.n_ffn)),
+                ('mlp.up_proj', 'ffn.gate_up', slice(c.n_ffn, None)),
+                ('mlp.down_proj', 'ffn.down', all_rows)):
+            names[f'model.layers.{i}.{name}.weight'] = f'blocks.{i}.{ours}.weight', rows
+    weights = dict(model.named_parameters())
+    theirs.load_state_dict({a: weights[b][rows] for a, (b, rows) in names.items()}, strict=False)
+    return theirs, names
+
+
+@pytest.mark.parametrize('c', [replace(TINY, output_scale=0.5), WIDE], ids=['narrow', 'm=6'])
+def test_equals_granite(c):
+    model = build(c)
+    for name, p in model.named_parameters():
+        if role_of(name) == 'gain':                              # at init all 1: a lost one hides
+            torch.nn.init.uniform_(p, 0.5, 1.5)
+    theirs, names = granite(model)
+    assert set(names) == {name for name, _ in theirs.named_parameters()}
+    idx = ids(c, 2, 33)
+    labels = idx.clone()
+    labels[:, 5:9] = -100                                        # ignored; -1 with us
+    targets = labels[:, 1:].where(labels[:, 1:] >= 0, -1)        # Granite shifts by itself
+    out = theirs(idx, labels=labels)
+    out.loss.backward()
+    logits, none = model(idx)
+    assert none is None
+    assert_close(logits, out.logits, 1e-5, 'logits')
+    none, loss = model(idx[:, :-1], targets)
+    loss.backward()
+    assert none is None
+    assert_close(loss, out.loss, 1e-5, 'loss')
+    with torch.no_grad():
+        assert_close(model(idx[:, :-1], targets)[1], out.loss, 1e-5, 'loss without gradients')
+    ours, theirs = dict(model.named_parameters()), dict(theirs.named_parameters())
+    for name, (our, rows) in names.items():
+        assert_close(ours[our].grad[rows], theirs[name].grad, 1e-5, name)
+
+
+# --- the loss in chunks ---
+
+def test_chunked_cross_entropy_equals_float64_oracle():
+    N, C, V, multiplier = 100, 64, 2**18, 0.37                   # chunks of 64 rows: 64 + 36
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(N, C, generator=g, requires_grad=True)
+    w = torch.randn(V, C, generator=g, requires_grad=True)
+    targets = torch.randint(V, (N,), generator=g)
+    targets[::7] = -1
+    loss = chunked_cross_entropy(x, w, targets, multiplier)
+    (3 * loss).backward()                                        # as accumulation scales it
+    xd, wd = (t.detach().double().requires_grad_() for t in (x, w))
+    oracle = F.cross_entropy(multiplier * xd @ wd.T, targets, ignore_index=-1)
+    (3 * oracle).backward()
+    assert_close(loss.double(), oracle, 1e-5, 'loss')
+    assert_close(x.grad.double(), xd.grad, 1e-5, 'gradient of x')
+    assert_close(w.grad.double(), wd.grad, 1e-5, 'gradient of the embedding')
+
+
+def test_all_targets_ignored():
+    model = build(TINY)
+    loss = model(ids(TINY, 2, 8), torch.full((2, 8), -1))[1]
+    loss.backward()
+    assert loss.item() == 0
+    assert all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_autocast_loss_and_gradients_are_near_fp32():
+    model, idx, out = build(TINY), ids(TINY, 2, 33), []
+    for bf16 in (True, False):
+        model.zero_grad()
+        with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+            loss = model(idx[:, :-1], idx[:, 1:])[1]
+        loss.backward()
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+        out.append((loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (loss, grad), (loss32, grad32) = out
+    assert_close(loss, loss32, 0.01)
+    assert (grad - grad32).norm() < 0.03 * grad32.norm()         # bf16 keeps 8 bits
+
+
+class LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor):
+                self.numel = max(self.numel, t.numel())
+        return out
+
+
+def test_training_never_holds_all_logits():
+    N, V = 32, 2**21                                             # 2**26 logits, in chunks of 2**24
+    model = build(replace(TINY, n_layer=1, n_head=1, n_kv_head=1, n_embd=4, n_ffn=4, vocab_size=V))
+    idx = ids(model.config, 1, N)
+    with LargestTensor() as largest:
+        model(idx, idx)[1].backward()
+    assert largest.numel == 2**24
+
+
+# --- shape, init, µP ---
+
+def config_of(file):
+    """The XmodelConfig of a config file, as train.py would build it."""
+    knobs = dict(vars(train))
+    configurator.configure(knobs, [str(Path(train.__file__).parent / 'config' / file)])
+    return XmodelConfig(**{key: knobs[key] for key in asdict(TINY) if key in knobs})
+
+
+@pytest.mark.parametrize('file, total, embedding', [
+    ('xmodel25.py', 1_350_059_520, 198_574_080), ('proxy20m.py', 19_935_488, 4_194_304)])
+def test_parameters(file, total, embedding):
+    model = build(config_of(file), device='meta')
+    assert model.num_params() == total
+    assert model.num_params(embedding=False) == total - embedding
+
+
+def test_textbook_and_authors_are_the_same_at_base_width():
+    c = replace(TINY, n_embd=256, n_ffn=640, mup_rules='textbook')
+    a, b = build(c), build(replace(c, mup_rules='authors'))
+    assert a.table == b.table
+    for p, q in zip(a.parameters(), b.parameters()):
+        assert torch.equal(p, q)
+
+
+def test_textbook_and_authors_differ_in_two_entries_at_m_6():
+    a, b = (mup_table(replace(WIDE, mup_rules=rules)) for rules in ('textbook', 'authors'))
+    differ = {(role, field) for role in a for field in a[role]._fields
+              if getattr(a[role], field) != getattr(b[role], field)}
+    assert differ == {('branch_out', 'init_std'), ('gain', 'lr_mult')}
+
+
+@pytest.mark.parametrize('rules', ['textbook', 'authors', 'sp'])
+@pytest.mark.parametrize('c', [TINY, replace(TINY, n_embd=256, n_ffn=640), WIDE],
+                         ids=['m=0.25', 'm=1', 'm=6'])
+def test_init_std(c, rules):
+    # two layers: matrix 0.1 / sqrt(m); branch_out 0.1 / sqrt(4 m), or 0.1 / sqrt(4) for the authors
+    by_width = {64: (0.2, 0.1), 256: (0.1, 0.05), 1536: (0.040825, 0.020412)}
+    matrix, branch_out = by_width[c.n_embd]
+    expected = {'textbook': {'embedding': 0.1, 'matrix': matrix, 'branch_out': branch_out},
+                'authors': {'embedding': 0.1, 'matrix': matrix, 'branch_out': 0.05},
+                'sp': {'embedding': 0.02, 'matrix': 0.02, 'branch_out': 0.01}}[rules]
+    for name, p in build(replace(c, mup_rules=rules)).named_parameters():
+        if p.dim() == 1:
+            assert (p == 1).all(), name
+            continue
+        role = 'embedding' if name == 'embed.weight' else 'branch_out' \
+            if name.endswith(('attn.out.weight', 'ffn.down.weight')) else 'matrix'
+        error = 4.5 / math.sqrt(2 * p.numel())                   # 4.5 sigma of a measured std
+        assert p.numel() < 300_000 or error < 0.01
+        assert p.std().item() == pytest.approx(expected[role], rel=error), name
+        assert abs(p.mean().item()) < 4.5 * expected[role] / math.sqrt(p.numel()), name
+
+
+@pytest.mark.parametrize('rules, lr_mult', [                     # in the order of `roles`
+    ('textbook', [1, 1 / 6, 1 / 6, 1]), ('authors', [1, 1 / 6, 1 / 6, 1 / 6]),
+    ('sp', [1, 1, 1, 1])])
+def test_param_groups(rules, lr_mult):
+    model = build(replace(WIDE, mup_rules=rules), device='meta')
+    roles = ('embedding', 'matrix', 'branch_out', 'gain')
+    groups = {g['role']: g for g in model.param_groups(0.1)}
+    grouped = [id(p) for g in groups.values() for p in g['params']]
+    assert sorted(grouped) == sorted(map(id, model.parameters()))
+    assert [groups[r]['lr_mult'] for r in roles] == pytest.approx(lr_mult)
+    embedding = 'learning_rate' if rules == 'sp' else 'embedding_lr'     # SP has one learning rate
+    assert [groups[r]['lr_knob'] for r in roles] == [embedding] + 3 * ['learning_rate']
+    assert [groups[r]['weight_decay'] for r in roles] == [0.1, 0.1, 0.1, 0.0]
+    assert all(p.dim() == 1 for p in groups['gain']['params'])
+
+
+@pytest.mark.parametrize('change', [
+    {'n_head': 5}, {'n_head': 0}, {'n_kv_head': 3}, {'n_kv_head': 0}, {'n_embd': 65},
+    {'n_head': 64, 'n_kv_head': 1}])
+def test_bad_shapes_are_refused(change):
+    with pytest.raises(ValueError, match='=|odd'):
+        replace(TINY, **change)
+
+
+# --- positions and causality ---
+
+def rotate(x, positions, theta=500_000.0):
+    """Oracle: pairs (i, i + hd/2) as complex numbers times e^(i angle), in float64."""
+    a, b = x.double().chunk(2, dim=-1)
+    rates = torch.tensor([theta ** (-2 * i / x.size(-1)) for i in range(a.size(-1))]).double()
+    turned = torch.complex(a, b) * torch.polar(torch.ones(()).double(), positions[:, None] * rates)
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+@pytest.mark.parametrize('first, tol', [(0, 1e-5), (16_000, 2e-3)])     # fp32: 1e-3 rad at 16 000
+def test_rope_equals_complex_rotation(first, tol):
+    x = torch.randn(1, 50, 1, 32, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(first, first + 50)
+    ours = apply_rope(x, *rope_angles(positions, 32, 500_000.0))
+    assert_close(ours[0, :, 0].double(), rotate(x[0, :, 0], positions), tol)
+
+
+def test_rope_equals_rotate_half():
+    granite = pytest.importorskip('transformers.models.granite.modeling_granite')
+    x = torch.randn(2, 50, 4, 32, generator=torch.Generator().manual_seed(0))
+    cos, sin = rope_angles(torch.arange(50), 32, 500_000.0)
+    full = (torch.cat((t, t), dim=-1)[None, :, 0] for t in (cos, sin))  # (1, T, hd)
+    theirs = granite.apply_rotary_pos_emb(x, x, *full, unsqueeze_dim=2)[0]
+    assert_close(apply_rope(x, cos, sin), theirs, 1e-6)
+
+
+def test_rope_scores_depend_on_distance_only():
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 1, 1, 64, generator=g), torch.randn(1, 1, 1, 64, generator=g)
+
+    def score(i, j):
+        return sum(apply_rope(t, *rope_angles(torch.tensor([at]), 64, 500_000.0))
+                   for t, at in ((q, i), (k, j))).square().sum()     # |q|² + |k|² + 2 q·k
+    near = score(7, 3)
+    assert_close(score(1007, 1003), near, 1e-4)
+    assert abs(score(8, 3) - near) > 1e-2 * near
+
+
+def test_later_tokens_do_not_change_earlier_logits():
+    model, idx = build(TINY), ids(TINY, 1, 40)
+    changed = idx.clone()
+    changed[0, 25] = (idx[0, 25] + 1) % TINY.vocab_size
+    a, b = model(idx)[0], model(changed)[0]
+    assert torch.equal(a[:, :25], b[:, :25])
+    assert ((a - b)[0, 25:].abs().amax(-1) > 1e-3).all()         # all later ones see the change
+
+
+# --- generation ---
+
+def generate(model, prompts, n, **knobs):
+    """(B, steps) ids; a seed makes the generator."""
+    if 'seed' in knobs:
+        knobs['generator'] = torch.Generator().manual_seed(knobs.pop('seed'))
+    return torch.stack(list(model.generate(prompts, n, **knobs)), dim=1)
+
+
+def test_cached_greedy_equals_recomputation():
+    # strong branches, since with weak ones the tied embedding just repeats the last token;
+    # block_size is 64, and 200 tokens cross it
+    model = build(replace(TINY, residual_scale=60.0))
+    prompts = [ids(TINY, n, seed=n).tolist() for n in (3, 17, 1)]
+    rows = generate(model, prompts, 200, temperature=0).tolist()
+    for prompt, row in zip(prompts, rows):
+        assert len(row) == 200 and len(set(row)) > 10            # not stuck on one token
+        # row by row and without cache: the logits at t are those of model(seq[:t + 1]) (causality)
+        logits = model(torch.tensor([prompt + row]))[0][0]
+        assert logits.argmax(-1)[len(prompt) - 1:-1].tolist() == row
+        last = model(torch.tensor([prompt + row[:-1]]))[0][0, -1]
+        assert last.argmax() == row[-1]
+
+
+def test_stopped_rows_repeat_the_stop_token():
+    model = build(replace(TINY, vocab_size=8))
+    prompts, knobs = [[1], [2, 3], [4, 5, 6]], {'temperature': 5.0, 'seed': 0}
+    free = generate(model, prompts, 100, **knobs)
+    ends = [row.index(7) for row in free.tolist()]               # each row's first stop token
+    assert len(set(ends)) == 3 and max(ends) < 99
+    stopped = generate(model, prompts, 100, stop_token=7, **knobs)
+    assert stopped.size(1) == max(ends) + 1
+    for row, whole, end in zip(stopped.tolist(), free.tolist(), ends):
+        assert row == whole[:end] + [7] * (len(row) - end)
+
+
+def test_truncation_to_one_token_is_greedy_and_a_seed_fixes_sampling():
+    model, prompts = build(TINY), [[1, 2], [3]]
+    greedy = generate(model, prompts, 30, temperature=0)
+    assert torch.equal(generate(model, prompts, 30, top_k=1), greedy)
+    assert torch.equal(generate(model, prompts, 30, top_p=1e-6), greedy)
+    a, b, c = (generate(model, prompts, 30, seed=s) for s in (0, 0, 1))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c) and not torch.equal(a, greedy)
+
+
+@pytest.mark.parametrize('knobs, expected', [                    # of p = 0.1, 0.4, 0.05, 0.25, 0.2
+    ({}, [0.1, 0.4, 0.05, 0.25, 0.2]),
+    ({'top_k': 2}, [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),
+    ({'top_k': 99}, [0.1, 0.4, 0.05, 0.25, 0.2]),
+    ({'top_p': 0.7}, [0, 0.4 / 0.85, 0, 0.25 / 0.85, 0.2 / 0.85]),   # 0.4 + 0.25 do not make 0.7
+    ({'top_p': 0.6}, [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),
+    ({'temperature': 0.5}, [0.01 / 0.275, 0.16 / 0.275, 0.0025 / 0.275, 0.0625 / 0.275,
+                            0.04 / 0.275]),                          # p², normalised
+])
+def test_sample_token_draws_from_the_truncated_softmax(knobs, expected):
+    n, p, expected = 20_000, torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2]), torch.tensor(expected)
+    logits = (p.log() + 3).expand(n, 5)
+    tokens = sample_token(logits, generator=torch.Generator().manual_seed(0), **knobs)
+    counts = tokens.bincount(minlength=5)
+    assert (counts[expected == 0] == 0).all()
+    kept = expected > 0
+    chi2 = ((counts - n * expected)[kept] ** 2 / (n * expected)[kept]).sum()
+    assert chi2 < 20                                             # 4 degrees of freedom: 1 in 2000
+
+
+# --- loading: a file from elsewhere is one line, and runs no code ---
+
+class Payload:
+    """Unpickling it creates the file `path`."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), 'w')
+
+
+def test_load_model_gives_back_the_newest_checkpoint(tmp_path):
+    idx = ids(TINY, 1, 8)
+    for step in (90, 100):                                       # '90' > '100' as text
+        model = build(TINY, seed=step)
+        torch.save({'model': model.state_dict(), 'config': asdict(TINY), 'step': step},
+                   tmp_path / f'step_{step}.pt')
+    loaded, rest = load_model(tmp_path)
+    assert rest['step'] == 100 and rest['config'] == TINY and not loaded.training
+    assert torch.equal(loaded(idx)[0], model(idx)[0])
+
+
+@pytest.mark.parametrize('kind, message', [
+    ('missing', 'does not exist'), ('empty folder', 'holds no checkpoint'),
+    *[(kind, 'is not a checkpoint') for kind in (
+        'garbage', 'empty', 'pickle', 'payload in torch file', 'foreign', 'wrong config')]])
+def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, kind, message):
+    path, ran = tmp_path / 'step_1.pt', tmp_path / 'ran'
+    if kind == 'empty folder':
+        path = tmp_path
+    elif kind == 'garbage':
+        path.write_bytes(bytes(range(256)) * 9)
+    elif kind == 'empty':
+        path.touch()
+    elif kind == 'pickle':
+        path.write_bytes(pickle.dumps({'model': Payload(ran)}, protocol=2))
+    elif kind == 'payload in torch file':
+        torch.save({'model': Payload(ran)}, path)
+    elif kind == 'foreign':
+        torch.save({'weight': torch.ones(2)}, path)
+    elif kind == 'wrong config':
+        torch.save({'model': {}, 'config': {'hidden_size': 64}}, path)
+    with pytest.raises(ValueError, match=message) as e:
+        load_model(path)
+    assert '\n' not in str(e.value) and path.name in str(e.value)
+    assert not ran.exists()
