@@ -1,0 +1,64 @@
+"""What several tests share: a tiny curriculum, its data, and running a script as a user does."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = """
+n_layer, n_head, n_kv_head, n_embd, n_ffn, vocab_size = 2, 2, 1, 32, 80, 512
+phases = [
+    {'name': 'stable', 'steps': 8, 'batch': 4, 'block_size': 64, 'data': {'stdlib': 1.0},
+     'optimizer': 'adamw', 'warmup': 3, 'decay': 'constant', 'lr': (0, 1, 1)},
+    {'name': 'decay', 'steps': 8, 'batch': 8, 'block_size': 64,
+     'data': {'arith': 0.6, 'stdlib': 0.4},
+     'optimizer': 'muon', 'decay': 'exponential', 'lr': (0, 1, 0.1)},
+    {'name': 'long', 'steps': 4, 'batch': 4, 'block_size': 128,
+     'data': {'arith': 0.6, 'stdlib': 0.4},
+     'optimizer': 'muon', 'warmup': 1, 'decay': 'linear', 'lr': (0, 0.1, 0.01)},
+]
+log_interval, eval_interval, eval_rows, checkpoint_interval = 1, 6, 8, 3
+"""
+
+
+def run(script, *args, cwd=ROOT, stdin=None, **kwargs):
+    """The finished process of `python script args`; its output as text."""
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd,
+                          input=stdin, capture_output=True, text=True, check=False, **kwargs)
+
+
+def refused(process):
+    """The one line on stderr of a refused use, after checking that it was refused as it should."""
+    lines = process.stderr.strip().splitlines()
+    assert process.returncode == 2, process.stdout + process.stderr
+    assert len(lines) == 1, process.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope='session')
+def data_dir(tmp_path_factory):
+    """A folder with the data sets of TINY."""
+    folder = tmp_path_factory.mktemp('data')
+    for name, option in (('stdlib', '--max_mb=0.5'), ('arith', '--num_docs=2000')):
+        done = run('data_prep.py', name, option, '--vocab_size=512', f'--out_dir={folder / name}')
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope='session')
+def tiny(tmp_path_factory, data_dir):
+    """Arguments of train.py for the tiny curriculum."""
+    config = tmp_path_factory.mktemp('config') / 'tiny.py'
+    config.write_text(TINY + f'data_dir = {os.fspath(data_dir)!r}\n')
+    return [str(config)]
+
+
+@pytest.fixture(scope='session')
+def tiny_run(tmp_path_factory, tiny):
+    """The folder of a finished, unbroken run of the tiny curriculum."""
+    folder = tmp_path_factory.mktemp('out') / 'tiny'
+    done = run('train.py', *tiny, f'--out_dir={folder}')
+    assert done.returncode == 0, done.stderr
+    return folder

@@ -1,0 +1,275 @@
+"""train.py as its users run it: whole, interrupted, branched, on two ranks, and used wrongly."""
+import json
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, refused, run
+
+from checkpoint import checkpoints, load_model, read_checkpoint
+
+
+def log(folder):
+    """Lines of a run's log, without the one field that a clock decides."""
+    lines = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != 'tok_per_s'} for line in lines]
+
+
+def same(a, b):
+    """Whether two nested values are equal, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def test_the_log_and_the_checkpoints_of_a_run(tiny_run):
+    lines = log(tiny_run)
+    assert [line['step'] for line in lines] == list(range(20))
+    assert [line['phase'] for line in lines] == ['stable'] * 8 + ['decay'] * 8 + ['long'] * 4
+    assert lines[-1]['tokens'] == 8 * 4 * 64 + 8 * 8 * 64 + 4 * 4 * 128
+    assert [line['step'] for line in lines if 'val_loss' in line] == [5, 7, 11, 15, 17, 19]
+    assert lines[8]['note'] == 'optimizer adamw -> muon, with fresh state'
+    assert lines[0]['lr'] == 0 and lines[3]['lr'] == 0.01 and lines[12]['lr'] < 0.01
+    assert lines[7]['loss'] < lines[0]['loss'] - 1
+    # phase ends 8, 16, 20 and, of the others, the last two
+    assert [f.name for f in checkpoints(tiny_run)] == [f'step_{n}.pt' for n in (8, 15, 16, 18, 20)]
+    about = json.loads((tiny_run / 'run.json').read_text())
+    assert about['knobs']['n_embd'] == 32 and about['knobs']['phases'][1]['optimizer'] == 'muon'
+    assert about['torch'] == torch.__version__ and about['threads'] >= 1
+
+
+def test_a_seed_fixes_the_run(tiny_run, tiny, tmp_path):
+    for seed, equal in ((1337, True), (1, False)):
+        run('train.py', *tiny, f'--out_dir={tmp_path / str(seed)}', f'--seed={seed}')
+        assert (log(tmp_path / str(seed)) == log(tiny_run)) == equal
+
+
+@pytest.mark.parametrize('kill_after', [1, 8, random.Random(0).randint(9, 18), 19])
+def test_a_killed_run_resumes_bit_for_bit(tiny_run, tiny, tmp_path, kill_after):
+    folder = tmp_path / 'run'
+    command = [sys.executable, str(ROOT / 'train.py'), *tiny, f'--out_dir={folder}']
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith(f'step {kill_after}/20'):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.communicate()
+    with open(folder / 'log.jsonl', 'a') as f:                   # a line cut off by the kill
+        f.write('{"step": 1')
+    done = run('train.py', *tiny, f'--out_dir={folder}', '--resume')
+    assert done.returncode == 0, done.stderr
+    assert log(folder) == log(tiny_run)
+    ours, unbroken = (read_checkpoint(f) for f in (folder, tiny_run))
+    for key in ('model', 'optimizer_states', 'step', 'tokens', 'recent'):
+        assert same(ours[key], unbroken[key]), key
+
+
+def test_resume_refuses_another_run_and_tells_of_harmless_changes(tiny_run, tiny, tmp_path):
+    folder = shutil.copytree(tiny_run, tmp_path / 'run')
+    (folder / 'step_20.pt').unlink()
+    before = (folder / 'log.jsonl').read_text()
+    for flag, told in (('--learning_rate=0.02', 'learning_rate: 0.01 -> 0.02'),
+                       ('--phases.decay.data.stdlib=0.5', 'phases.decay.data.stdlib: 0.4 -> 0.5'),
+                       ('--seed=1', 'seed: 1337 -> 1'), ('--n_embd=64', 'n_embd: 32 -> 64')):
+        line = refused(run('train.py', *tiny, f'--out_dir={folder}', '--resume', flag))
+        assert told in line
+    assert (folder / 'log.jsonl').read_text() == before
+    done = run('train.py', *tiny, f'--out_dir={folder}', '--resume=True', '--keep=1')
+    assert done.returncode == 0 and 'resume: keep: 2 -> 1' in done.stdout
+    assert log(folder) == log(tiny_run)
+
+
+def test_the_decay_alone_with_another_optimizer_and_the_stable_phase_extended(
+        tiny_run, tiny, tmp_path):
+    start = f'--init_from={tiny_run / "step_8.pt"}'
+    # the same decay again: equal to the run that it branches from
+    run('train.py', *tiny, start, f'--out_dir={tmp_path / "same"}')
+    assert log(tmp_path / 'same') == log(tiny_run)[8:]
+    # AdamW goes on with its state, on the same text and rows
+    done = run('train.py', *tiny, start, f'--out_dir={tmp_path / "adamw"}',
+               '--phases.decay.optimizer=adamw')
+    assert done.returncode == 0, done.stderr
+    ours, theirs = log(tmp_path / 'adamw')[0], log(tiny_run)[8]
+    assert ours['loss'] == theirs['loss'] and 'note' not in ours
+    state = read_checkpoint(tmp_path / 'adamw' / 'step_16.pt')['optimizer_states']
+    assert len(state) == 1 and state[0]['state'][0]['step'] == 16
+    # a longer stable phase
+    run('train.py', *tiny, start, f'--out_dir={tmp_path / "longer"}', '--phases.stable.steps=12',
+        '--phases.decay.steps=0', '--phases.long.steps=0')
+    assert [line['step'] for line in log(tmp_path / 'longer')] == [8, 9, 10, 11]
+    unbroken = tmp_path / 'unbroken'
+    run('train.py', *tiny, f'--out_dir={unbroken}', '--phases.stable.steps=12',
+        '--phases.decay.steps=0', '--phases.long.steps=0')
+    assert log(tmp_path / 'longer')[-1]['loss'] == log(unbroken)[-1]['loss']
+    # or a curriculum of one's own from its weights
+    run('train.py', *tiny, start, '--init_step=0', f'--out_dir={tmp_path / "new"}')
+    first = log(tmp_path / 'new')[0]
+    assert first['step'] == 0 and first['loss'] < log(tiny_run)[0]['loss'] - 1
+
+
+@pytest.fixture(scope='module')
+def fp32_losses(tiny, tmp_path_factory):
+    """Losses in fp32 with each batch as one micro-batch, on one rank."""
+    folder = tmp_path_factory.mktemp('fp32') / 'run'
+    run('train.py', *tiny, '--dtype=float32', f'--out_dir={folder}')
+    return [line['loss'] for line in log(folder)]
+
+
+def agree(lines, losses):
+    """Equal to fp32 rounding under AdamW; Muon's Newton–Schulz rounds to bf16, 1 part in 256."""
+    assert [line['loss'] for line in lines[:9]] == pytest.approx(losses[:9], rel=1e-5)
+    assert [line['loss'] for line in lines[9:]] == pytest.approx(losses[9:], rel=2e-3)
+
+
+def test_accumulation_changes_nothing_but_rounding(fp32_losses, tiny, tmp_path):
+    done = run('train.py', *tiny, '--dtype=float32', f'--out_dir={tmp_path / "run"}',
+               '--micro_batch_tokens=64')
+    assert done.returncode == 0, done.stderr
+    agree(log(tmp_path / 'run'), fp32_losses)
+
+
+def test_two_ranks_train_as_one(fp32_losses, tiny, tmp_path):
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone',
+                           '--nproc_per_node=2', str(ROOT / 'train.py'), *tiny, '--dtype=float32',
+                           f'--out_dir={tmp_path / "run"}', '--completion_only=False'],
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    agree(log(tmp_path / 'run'), fp32_losses)
+    assert done.stdout.count('step 20/20') == 1                  # rank 1 is quiet
+
+
+def test_a_spike_after_the_change_of_optimizer_is_reported(tiny, tmp_path):
+    done = run('train.py', *tiny, f'--out_dir={tmp_path / "run"}',
+               '--phases.decay.lr=(0, 400, 400)')
+    assert re.search(r'step \d+: loss .* 4 deviations over the 50 steps before', done.stdout)
+
+
+def test_compiled_blocks_give_the_eager_loss_and_what_fails_stays_eager(tiny_run, monkeypatch):
+    from contextlib import nullcontext
+    model, _ = load_model(tiny_run)
+    x = torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(0))
+    assert model.try_compiled(x, x, nullcontext()).startswith('compiled for 2 x 64')
+    assert model.blocks[0]._compiled_call_impl is not None
+    for wrong in (lambda *args: torch.tensor(0.0, requires_grad=True), lambda *args: 1 / 0):
+        def set_wrong(on, wrong=wrong):
+            type(model).set_compiled(model, False)
+            if on:
+                model.cross_entropy = wrong
+        monkeypatch.setattr(model, 'set_compiled', set_wrong)
+        assert 'going on in eager mode' in model.try_compiled(x, x, nullcontext())
+        assert model.cross_entropy is not wrong
+
+
+def test_a_full_disk_loses_nothing_that_was_saved(tiny, tmp_path):
+    folder = tmp_path / 'run'
+
+    def limit():                                                 # files of at most 20 kB
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    line = refused(run('train.py', *tiny, f'--out_dir={folder}', preexec_fn=limit))
+    assert 'step_3.pt' in line and 'too large' in line
+    assert sorted(f.name for f in folder.iterdir()) == ['log.jsonl', 'run.json']
+    assert run('train.py', *tiny, f'--out_dir={folder}', '--resume').returncode == 0
+
+
+def test_missing_data_are_made_where_the_config_says_how(tmp_path):
+    done = run('train.py', 'config/nano.py', '--steps_scale=0.02', f'--out_dir={tmp_path / "run"}',
+               f'--data_dir={tmp_path / "data"}', '--sources.arith=arith --num_docs=300')
+    assert done.returncode == 0, done.stderr
+    assert 'data/arith is missing, so: python data_prep.py arith --num_docs=300' in done.stdout
+    assert [line['phase'] for line in log(tmp_path / 'run')] == ['stable1', 'stable2', 'decay', 'long']
+
+
+def test_sample_and_eval_of_a_run(tiny_run):
+    first, second = (run('sample.py', tiny_run, '--prompt=def f', '--max_new_tokens=20',
+                         '--num_samples=2') for _ in range(2))
+    assert first.stdout == second.stdout and first.stdout.startswith('def f')
+    assert first.stderr.count('tok/s') == 2
+    piped = run('sample.py', tiny_run, '--prompt=-', '--temperature=0.0', stdin='import os')
+    assert piped.stdout.startswith('import os')
+    done = run('eval.py', tiny_run, '--problems=20', '--block_size=64', '--eval_tokens=2000')
+    assert done.returncode == 0, done.stderr
+    assert re.search(r'stdlib +\d', done.stdout) and 'of 20 solved' in done.stdout
+
+
+def wrong_checkpoint(path):
+    path.write_bytes(b'not a checkpoint')
+    return path
+
+
+def other_meta(data_dir, path, text=None, **changes):
+    """A copy of the data whose arith/meta.json is changed."""
+    shutil.copytree(data_dir, path)
+    file = path / 'arith' / 'meta.json'
+    file.write_text(text or json.dumps(json.loads(file.read_text()) | changes))
+    return path
+
+
+WRONG = {   # name: (script, arguments from (tmp_path, tiny_run, data_dir), what the line tells)
+    'no such config': ('train.py', lambda t, r, d: ['config/nan.py'], 'config/nano.py'),
+    'unknown key': ('train.py', lambda t, r, d: ['--learning_rat=1.0'], "'learning_rate'"),
+    'wrong type': ('train.py', lambda t, r, d: ['--n_layer=2.5'], 'n_layer'),
+    'wrong choice': ('train.py', lambda t, r, d: ['--mup_rules=spp'], "'sp'"),
+    'no value': ('train.py', lambda t, r, d: ['--n_layer'], 'n_layer'),
+    'unknown phase': ('train.py', lambda t, r, d: ['--phases.decai.steps=1'], "'decay'"),
+    'wrong phase': ('train.py', lambda t, r, d: ['--phases.decay.optimizer=sgd'], 'adamw, muon'),
+    'wrong lr': ('train.py', lambda t, r, d: ['--phases.decay.lr=(1, 2)'], '(start, peak, end)'),
+    'empty curriculum': ('train.py', lambda t, r, d: ['--phases=[]'], 'phases'),
+    'missing data': ('train.py', lambda t, r, d: [f'--data_dir={t}'], 'python data_prep.py'),
+    'other V': ('train.py', lambda t, r, d: ['--vocab_size=1024'], 'vocab_size'),
+    'block_size over data': ('train.py', lambda t, r, d: ['--phases.long.block_size=9999999'],
+                             'block_size=9999999'),
+    'heads': ('train.py', lambda t, r, d: ['--n_head=3'], 'n_head=3 does not divide n_embd=32'),
+    'kv heads': ('train.py', lambda t, r, d: ['--n_kv_head=3'], 'n_kv_head=3'),
+    'device': ('train.py', lambda t, r, d: ['--device=abacus'], 'abacus'),
+    'no such device': ('train.py', lambda t, r, d: ['--device=cuda:99'], 'cuda:99'),
+    'a run is there': ('train.py', lambda t, r, d: [f'--out_dir={r}'], '--resume'),
+    'foreign checkpoint': ('train.py', lambda t, r, d:
+                           [f'--init_from={wrong_checkpoint(t / "x.pt")}'], 'x.pt'),
+    'no checkpoint': ('train.py', lambda t, r, d: ['--init_from=nowhere.pt'], 'nowhere.pt'),
+    'other shape': ('train.py', lambda t, r, d: [f'--init_from={r}', '--n_layer=3'],
+                    'n_layer: 2 -> 3'),
+    'past the end': ('train.py', lambda t, r, d: [f'--init_from={r}'], '--init_step=0'),
+    'damaged meta.json': ('train.py', lambda t, r, d:
+                          [f'--data_dir={other_meta(d, t / "d", text="{")}'], 'meta.json'),
+    'truncated data': ('train.py', lambda t, r, d:
+                       [f'--data_dir={other_meta(d, t / "d", val={"tokens": 7})}'], '.bin'),
+    'empty prompt': ('sample.py', lambda t, r, d: [r, '--prompt='], 'prompt'),
+    'top_p': ('sample.py', lambda t, r, d: [r, '--top_p=0.0'], 'top_p'),
+    'no run to sample': ('sample.py', lambda t, r, d: [t / 'none'], 'none'),
+    'no run to score': ('eval.py', lambda t, r, d: [t], 'no checkpoint'),
+    'data gone': ('eval.py', lambda t, r, d: [r, f'--data_dir={t}'], 'meta.json'),
+    'no source': ('data_prep.py', lambda t, r, d: [t / 'none'], 'none'),
+    'V too small': ('data_prep.py', lambda t, r, d: ['arith', '--vocab_size=100',
+                                                     f'--out_dir={t / "x"}'], 'vocab_size=100'),
+}
+
+
+@pytest.mark.parametrize('name', WRONG)
+def test_a_wrong_use_is_refused_in_one_line(name, tiny, tiny_run, data_dir, tmp_path):
+    script, arguments, told = WRONG[name]
+    work = tmp_path / 'work'
+    work.mkdir()
+    args = arguments(work, tiny_run, data_dir)
+    there = sorted(work.rglob('*'))
+    if script == 'train.py':
+        args = [*([] if name == 'no such config' else tiny), f'--out_dir={tmp_path / "run"}', *args]
+    line = refused(run(script, *args))
+    assert line.startswith(f'{script}: ') and told in line
+    assert sorted(work.rglob('*')) == there and not (tmp_path / 'run').exists()
+
+
+def test_the_full_run_says_how_to_make_its_data(tmp_path):
+    line = refused(run('train.py', 'config/xmodel25.py', f'--data_dir={tmp_path}',
+                       f'--out_dir={tmp_path / "run"}'))
+    assert 'ultrafineweb-en is missing' in line and '--vocab_size=129280' in line

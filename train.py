@@ -1,0 +1,401 @@
+"""Train a model through the Xmodel-2.5 curriculum (arXiv 2511.19496): warmup, stable, decay, long.
+
+    python train.py config/nano.py               # a minute: every phase, in small
+    python train.py config/proxy20m.py           # the 20M proxy on a laptop, under 40 minutes
+    torchrun --standalone --nproc_per_node=8 train.py config/xmodel25.py      # the full run
+    python train.py config/proxy20m.py --resume  # go on after an interruption, bit for bit
+    python train.py --help                       # every knob with its default
+
+A config file and then --key=value override the knobs below; --phases.NAME.KEY=value reaches into
+the curriculum. What a run writes is in out_dir: log.jsonl, run.json and checkpoints, step_N.pt.
+"""
+import copy
+import itertools
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from checkpoint import changes, checkpoints, read_checkpoint, replace_file
+from configurator import configure, fail, knob_values
+from data_prep import get_batch, get_windows, open_data, prepare_missing, windows_before
+from model import Xmodel, XmodelConfig
+from muon import make_optimizers
+
+# --- run ---
+out_dir = 'out/run'           # folder of this run; never overwrites another's
+resume = False                # go on from the newest checkpoint in out_dir
+init_from = ''                # begin with this checkpoint's weights, at its step of the curriculum
+init_step = -1                # with init_from: begin at this step instead, with fresh optimizers
+seed = 1337                   # fixes init and the order of the data
+device = 'auto'               # 'auto' takes cuda, mps or cpu, whichever is there
+dtype = 'auto'                # 'auto' | 'bfloat16' | 'float32': of matmuls; weights are always fp32
+compile = 'auto'              # 'auto' | True | False: torch.compile the blocks and the loss
+# --- data ---
+data_dir = 'data'             # holds one folder a data set, as data_prep.py writes them
+sources = {}                  # data set -> arguments of data_prep.py that make it if it is missing
+completion_only = False       # SFT data: loss on completions only, instead of on every token
+# --- model (see model.XmodelConfig) ---
+n_layer = 24
+n_head = 4
+n_kv_head = 1
+n_embd = 256
+n_ffn = 640
+vocab_size = 16_384
+rope_theta = 500_000.0
+norm_eps = 1e-5
+mup_base_width = 256
+input_scale = 12.0
+output_scale = 1.0
+residual_scale = 1.4
+init_std = 0.1
+mup_rules = 'textbook'        # 'textbook' | 'authors' | 'sp': column of the table in model.py
+# --- curriculum: a list of phases, each a dict like those in config/proxy20m.py ---
+phases = []                   # name, steps, batch, block_size, data, optimizer, warmup, decay, lr
+steps_scale = 1.0             # multiplies every phase's steps and warmup, to try a run in small
+micro_batch_tokens = 4096     # most tokens in one forward pass of one rank; the rest accumulates
+# --- optimizer ---
+learning_rate = 0.01          # peak, at the base width; µP's table scales it for each role
+embedding_lr = 0.01           # peak of the tied embedding
+weight_decay = 0.1            # times the learning rate, on matrices and embedding
+beta1 = 0.9
+beta2 = 0.95
+momentum = 0.95               # Muon's
+muon_split = False            # orthogonalise q, k, v and gate, up one by one
+grad_clip = 1.0               # largest gradient norm; 0.0 leaves gradients alone
+# --- log and checkpoints ---
+log_interval = 10             # steps between lines on a plain output; log.jsonl has every step
+eval_interval = 100           # steps between validations; each phase's end has one as well
+eval_rows = 16                # rows of each validation set
+checkpoint_interval = 100     # steps between checkpoints; each phase's end has one as well
+keep = 2                      # checkpoints to keep besides those of phase ends
+
+# knobs that --resume lets change, since they do not decide what is learned; all others it refuses
+FREE = {'out_dir', 'resume', 'init_from', 'init_step', 'device', 'dtype', 'compile', 'data_dir',
+        'sources', 'micro_batch_tokens', 'log_interval', 'eval_interval', 'eval_rows',
+        'checkpoint_interval', 'keep'}
+
+
+# --------------------------------------------------------------------------------------------------
+# The schedule: pure functions of the phases
+
+def phase_at(step):
+    """(phase, number of its first step) of the curriculum's step number `step`, counted from 0."""
+    first = 0
+    for phase in phases:
+        if step < first + phase['steps']:
+            return phase, first
+        first += phase['steps']
+    raise ValueError(f'step {step} is past the curriculum, which has {first} steps')
+
+
+def lr_at(step):
+    """(learning rate, embedding's learning rate) at a step, before µP's factors (model.mup_table).
+
+    Warmup-Stable-Decay: a phase's lr = (start, peak, end), as shares of the knobs learning_rate and
+    embedding_lr; linear from start to peak during its warmup, then constant, 'linear' or
+    'exponential' to end, which in Megatron's WSD is end + (2 · 0.5^r - 1)(peak - end) at share r of
+    the phase (Xmodel-2.5's released configuration).
+    """
+    phase, first = phase_at(step)
+    i, warmup = step - first, phase['warmup']
+    r = (i - warmup) / max(1, phase['steps'] - warmup)           # share of the phase done
+    left = {'constant': 1, 'linear': 1 - r, 'exponential': 2 * 0.5**r - 1}[phase['decay']]
+    lrs = []
+    for knob, key in ((learning_rate, 'lr'), (embedding_lr, 'embedding_lr')):
+        start, peak, end = phase[key]
+        lrs.append(knob * (start + (peak - start) * i / warmup if i < warmup
+                           else end + left * (peak - end)))
+    return tuple(lrs)
+
+
+def check_phases():
+    """Fill in what phases may leave out and scale their steps; refuse in one line what is wrong."""
+    lowest = {'steps': 0, 'batch': 1, 'block_size': 1, 'warmup': 0}
+    choices = {'optimizer': ('adamw', 'muon'), 'decay': ('constant', 'linear', 'exponential')}
+    lrs = ('lr', 'embedding_lr')
+    for phase in phases:
+        phase.setdefault('warmup', 0)
+        phase.setdefault('embedding_lr', phase.get('lr'))
+        for key in ('name', *lowest, 'data', *choices, *lrs, *phase):
+            value, right = phase.get(key), ''
+            if key in lowest and (type(value) is not int or value < lowest[key]):
+                right = f'an integer of at least {lowest[key]}'
+            elif key in choices and value not in choices[key]:
+                right = f'one of {", ".join(choices[key])}'
+            elif key in lrs and not (isinstance(value, tuple) and len(value) == 3):
+                right = '(start, peak, end) as shares of the learning rate'
+            elif key == 'data' and not (isinstance(value, dict) and value):
+                right = '{data set: weight}'
+            elif key not in ('name', *lowest, 'data', *choices, *lrs):
+                right = 'left out: no phase has such a key'
+            if right:
+                fail(f'phase {phase.get("name")!r}: {key}={value!r} should be {right}')
+        for key in ('steps', 'warmup'):
+            phase[key] = round(phase[key] * steps_scale) or min(1, phase[key])
+        if phase['warmup'] > phase['steps'] > 0:
+            fail(f'phase {phase["name"]!r}: its warmup is longer than its steps={phase["steps"]}')
+    phases[:] = [phase for phase in phases if phase['steps']]
+    if not phases:
+        fail('the curriculum (phases) is empty; a config with one: config/nano.py')
+
+
+# --------------------------------------------------------------------------------------------------
+# Pieces of the loop
+
+def evaluate(model, data, phase, rows, device, autocast):
+    """data set -> mean loss in nats over eval_rows windows, spread over its validation split."""
+    losses, T = {}, phase['block_size']
+    for name in phase['data']:
+        there = data[name].n_windows('val', T)
+        n = min(eval_rows, there)
+        total = count = 0
+        for i in range(0, max(1, n - n % rows), rows):           # whole micro-batches: one shape
+            windows = [j * there // n for j in range(i, min(i + rows, n))]
+            x, y = get_windows(data[name], 'val', windows, T, completion_only)
+            with torch.no_grad(), autocast:
+                loss = model(x.to(device), y.to(device))[1].item()
+            targets = int((y >= 0).sum())
+            total, count = total + loss * targets, count + targets
+        losses[name] = total / max(1, count)
+    return losses
+
+
+# --------------------------------------------------------------------------------------------------
+# The run
+
+def main():
+    knobs = copy.deepcopy(knob_values(globals()))
+    check_phases()
+    total = sum(phase['steps'] for phase in phases)
+    # torchrun sets these; every rank computes its share of the rows of every batch
+    rank, world = (int(os.environ.get(key, n)) for key, n in (('RANK', '0'), ('WORLD_SIZE', '1')))
+    say = tqdm.write if rank == 0 else lambda line: None         # beside the progress bar
+    if odd := [phase['name'] for phase in phases if phase['batch'] % world]:
+        fail(f'the batch of phase {odd[0]!r} cannot be shared among {world} ranks')
+
+    # --- device and dtype: bf16 matmuls where the hardware has them, fp32 weights everywhere ---
+    where = device if device != 'auto' else 'cuda' if torch.cuda.is_available() else \
+        'mps' if torch.backends.mps.is_available() else 'cpu'
+    if where == 'cuda' and world > 1:
+        where = f'cuda:{os.environ["LOCAL_RANK"]}'
+    try:
+        where = torch.device(where)
+        torch.zeros(1, device=where)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        fail(f'device={device!r} cannot be used here: {str(e).splitlines()[0][:120]}')
+    has_bf16 = {'cuda': True, 'mps': False, 'cpu': torch.cpu._is_avx512_bf16_supported()}
+    bf16 = has_bf16.get(where.type, False) if dtype == 'auto' else dtype == 'bfloat16'
+    autocast = torch.autocast(where.type, torch.bfloat16) if bf16 else nullcontext()
+    if world > 1:
+        dist.init_process_group('nccl' if where.type == 'cuda' else 'gloo')
+
+    # --- what the run starts from: nothing, its own newest checkpoint, or another run's ---
+    run, log_file = Path(out_dir), Path(out_dir, 'log.jsonl')
+    if not resume and (log_file.exists() or checkpoints(run)):
+        fail(f'{run} holds a run already: --resume goes on with it, --out_dir=DIR starts another')
+    resuming = resume and bool(checkpoints(run))
+    names = list(dict.fromkeys(name for phase in phases for name in phase['data']))
+    shape = {f.name: globals()[f.name] for f in fields(XmodelConfig) if f.name != 'block_size'}
+    try:
+        config = XmodelConfig(**shape, block_size=max(phase['block_size'] for phase in phases))
+        start = read_checkpoint(run if resuming else init_from) if resuming or init_from else None
+        if rank == 0:
+            prepare_missing(data_dir, names, sources, vocab_size)
+        if world > 1:
+            dist.barrier()
+        data = open_data(data_dir, names, vocab_size)
+        for phase in phases:
+            for name in phase['data']:
+                for split in ('train', 'val'):
+                    data[name].n_windows(split, phase['block_size'])
+    except ValueError as e:
+        fail(e)
+    knobs['data'] = {name: data[name].meta['train']['sha256'] for name in names}
+
+    torch.manual_seed(seed)
+    model = Xmodel(config).to(where)
+    step, tokens, recent, watch = 0, 0, [], (0, 0.0)             # watch: (until step, loss limit)
+    optimizers = kind = None                                     # kind: 'adamw' or 'muon'
+    if start:
+        for line in changes(asdict(start['config']), asdict(config)):
+            if not line.startswith('block_size'):
+                fail(f'{start["path"]} holds another model than this config: {line}')
+        for line in changes(start['knobs'], knobs) if resuming else ():
+            if line.split(':')[0].split('.')[0] not in FREE:
+                fail(f'--resume goes on with the same run, but {line}; for a changed one: '
+                     f'--init_from={start["path"]} --out_dir=NEW')
+            say(f'resume: {line}')
+        model.load_state_dict(start.pop('model'))
+        step = start['step'] if resuming or init_step < 0 else init_step
+        if step == start['step']:
+            tokens, kind = start['tokens'], start['optimizer']
+            recent, watch = start['recent'], start['watch']
+        if step >= total:
+            fail(f'{start["path"]} is at step {step} of {total}: nothing is left to do'
+                 + (' (--init_step=0 starts anew with its weights)' if not resuming else ''))
+
+    # --- the folder: the log keeps the lines before `step`, run.json says what is run ---
+    if rank == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        lines = log_file.read_text().splitlines(keepends=True) if resuming else []
+        kept = [line for line in lines if line.endswith('\n') and json.loads(line)['step'] < step]
+        replace_file(log_file, lambda f: f.write(''.join(kept).encode()))
+        commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent,
+                                capture_output=True, text=True, check=False).stdout.strip()
+        about = {'knobs': knobs, 'first_step': step, 'argv': sys.argv, 'git_commit': commit,
+                 'python': sys.version.split()[0], 'torch': torch.__version__, 'device': str(where),
+                 'bf16': bf16, 'ranks': world, 'threads': torch.get_num_threads()}
+        replace_file(run / 'run.json', lambda f: f.write(json.dumps(about, indent=1).encode()))
+
+    # --- the table of what is going to happen ---
+    N = model.num_params(embedding=False)
+    size = [phase['steps'] * phase['batch'] * phase['block_size'] for phase in phases]  # in tokens
+    say(f'{"phase":9} {"steps":>8} {"batch x length":>15} {"tokens":>19}  optimizer  lr')
+    for phase, n in zip(phases, size):
+        low, peak, end = (f'{learning_rate * share:.3g}' for share in phase['lr'])
+        lr = (f'{low} -> ' if phase['warmup'] else '') + f'{peak} -> {end}, {phase["decay"]}'
+        say(f'{phase["name"]:9} {phase["steps"]:8,} {phase["batch"]:>6} x {phase["block_size"]:<6} '
+            f'{n:19,}  {phase["optimizer"]:9}  {lr}')
+    say(f'{model.num_params():,} parameters, {N:,} without the embedding; {sum(size):,} tokens, '
+        f'{sum(size) / N:.3g} for each parameter outside the embedding')
+    say(f'{where}, {"bf16" if bf16 else "fp32"}, {torch.get_num_threads()} threads, to {run}')
+
+    # Compiling for CPU needs a C++ compiler, and pays where eager would take minutes (2e13 FLOPs).
+    # On macOS and MPS it is off: users report NaN losses.
+    flops = [n * model.flops_per_token(phase['block_size']) for phase, n in zip(phases, size)]
+    compiler = sys.platform == 'linux' and any(map(shutil.which, ('g++', 'c++', 'clang++')))
+    pays = where.type == 'cuda' or where.type == 'cpu' and compiler and sum(flops) > 2e13
+    compiling = pays if compile == 'auto' else compile
+
+    # --- the loop ---
+    net = DistributedDataParallel(model) if world > 1 else model
+    bar = tqdm(total=total, initial=step, unit='step', disable=True if rank else None)
+    ends = list(itertools.accumulate(phase['steps'] for phase in phases))
+    phase, speed = None, []                                      # speed: FLOP/s of steps
+    while step < total:
+        if phase is not phase_at(step)[0]:                       # a phase begins, or this run does
+            phase, first = phase_at(step)
+            T, share = phase['block_size'], phase['batch'] // world
+            rows = max(r for r in range(1, share + 1)            # in a micro-batch
+                       if share % r == 0 and (r == 1 or r * T <= micro_batch_tokens))
+            drawn, note, new_shape = windows_before(phases, phase, seed), None, True
+            if optimizers is None or kind != phase['optimizer']:
+                optimizers = make_optimizers(phase['optimizer'], model.param_groups(weight_decay),
+                                             (beta1, beta2), momentum, muon_split)
+                if kind == phase['optimizer']:
+                    for optimizer, state in zip(optimizers, start.pop('optimizer_states')):
+                        optimizer.load_state_dict(state)
+                elif kind:
+                    note = f'optimizer {kind} -> {phase["optimizer"]}, with fresh state'
+                    calm = recent[-50:]                          # a spike is 4 deviations above
+                    watch = (step + 50, statistics.fmean(calm) + 4 * statistics.pstdev(calm))
+                kind = phase['optimizer']
+            say(f'step {step}: phase {phase["name"]}' + (f', {note}' if note else ''))
+
+        # --- data: this rank's rows of the global batch, cut into micro-batches of (rows, T) ---
+        row = (step - first) * phase['batch'] + rank * share
+        micro = [get_batch(data, phase['data'], range(r, r + rows), T, seed, drawn, completion_only)
+                 for r in range(row, row + share, rows)]
+        targets = torch.tensor(float(sum(int((y >= 0).sum()) for _, y in micro)), device=where)
+        if world > 1:
+            dist.all_reduce(targets)
+        if compiling and new_shape:
+            say(model.try_compiled(*(t.to(where) for t in micro[0]), autocast))
+            new_shape = False
+
+        # --- forward and backward: each micro-batch weighs as many targets as it has ---
+        began = time.time()
+        loss = torch.zeros((), device=where)
+        for n, (x, y) in enumerate(micro, 1):
+            last = world == 1 or n == len(micro)                 # ranks add gradients up only once
+            with nullcontext() if last else net.no_sync():
+                with autocast:
+                    part = net(x.to(where), y.to(where))[1] * (int((y >= 0).sum()) / targets)
+                (part * world).backward()                        # DDP takes the mean over ranks
+            loss += part.detach()
+        if world > 1:
+            dist.all_reduce(loss)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+
+        # --- step: learning rate times µP's factor for each group ---
+        lrs = dict(zip(('learning_rate', 'embedding_lr'), lr_at(step)))
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group['lr'] = lrs[group['lr_knob']] * group['lr_mult']
+            optimizer.step()
+            optimizer.zero_grad()
+        loss, seconds = loss.item(), time.time() - began
+
+        # --- log ---
+        n = phase['batch'] * T
+        tokens += n
+        speed.append(n * model.flops_per_token(T) / seconds)
+        if len(speed) == 5:
+            left = sum(f * min(1, max(0, end - step) / p['steps'])
+                       for f, end, p in zip(flops, ends, phases))
+            say(f'about {left / statistics.median(speed) / 60:,.0f} minutes to go')
+        entry = {'step': step, 'phase': phase['name'], 'tokens': tokens, 'loss': loss,
+                 'lr': lrs['learning_rate'], 'embedding_lr': lrs['embedding_lr'],
+                 'grad_norm': grad_norm.item(), 'tok_per_s': round(n / seconds, 1)}
+        if note:
+            entry['note'], note = note, None
+        if step < watch[0] and loss > watch[1]:
+            say(f'step {step}: loss {loss:.3f} after the change of optimizer is above '
+                f'{watch[1]:.3f}, 4 deviations over the 50 steps before: look at lr, weight decay')
+            watch = (0, 0.0)
+        recent = recent[-49:] + [loss]
+        step += 1
+        phase_ends = step == first + phase['steps']
+        if step % eval_interval == 0 or phase_ends:
+            val = evaluate(model, data, phase, rows, where, autocast)
+            mixed = sum(weight * val[name] for name, weight in phase['data'].items())
+            entry['val_loss'], entry['val_losses'] = mixed / sum(phase['data'].values()), val
+            say(f'step {step}: validation loss' + ','.join(f' {k} {v:.4f}' for k, v in val.items()))
+        if rank == 0:
+            with open(log_file, 'a') as f:
+                f.write(json.dumps(entry) + '\n')
+        news = f'{phase["name"]}: loss {loss:.4f}, {n / seconds:,.0f} tok/s, lr {entry["lr"]:.2e}'
+        bar.set_postfix_str(news, refresh=False)
+        bar.update()
+        if bar.disable and (step % log_interval == 0 or phase_ends):
+            say(f'step {step}/{total} {news}')
+        if not math.isfinite(loss):
+            sys.exit(f'train.py: loss is {loss} at step {step - 1}; lower learning_rate, and start '
+                     f'again or from a checkpoint in {run} with --init_from')
+
+        # --- checkpoint ---
+        if rank == 0 and (step % checkpoint_interval == 0 or phase_ends):
+            state = {'model': model.state_dict(), 'config': asdict(config), 'step': step,
+                     'tokens': tokens, 'recent': recent, 'watch': watch, 'knobs': knobs,
+                     'optimizer': kind, 'optimizer_states': [o.state_dict() for o in optimizers]}
+            replace_file(run / f'step_{step}.pt', lambda f: torch.save(state, f))  # noqa: B023
+            passing = [f for f in checkpoints(run) if int(f.stem[5:]) not in ends]
+            for old in passing[:max(0, len(passing) - keep)]:
+                old.unlink()
+    bar.close()
+    say(f'done: {checkpoints(run)[-1]}; python sample.py {run} --prompt="def fib(n):"')
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    configure(globals(), default='config/proxy20m.py')
+    try:
+        main()
+    except OSError as e:                                         # disk full, folder not writable
+        fail(f'{e.filename or out_dir}: {e.strerror}; what was saved before is whole')
+    except KeyboardInterrupt:
+        sys.exit(f'train.py: stopped; --resume goes on from the newest checkpoint in {out_dir}')
