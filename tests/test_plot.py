@@ -1,0 +1,88 @@
+"""plot.py: the picture has what the log has, and one line for every log that cannot be drawn."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import plot
+
+STEP = {'step': 0, 'phase': 'stable', 'tokens': 100, 'loss': 5.0, 'lr': 0.01}
+
+
+def write_run(folder, n=200, **more):
+    folder.mkdir()
+    phases = ['stable' if i < n // 2 else 'decay' for i in range(n)]
+    lines = [{**STEP, 'phase': phases[i], 'tokens': 100 * (i + 1), 'loss': 9 - 0.04 * i, **more}
+             for i in range(n)]
+    for i, line in enumerate(lines[::20]):
+        line['val_losses'] = {'a': 9 - 0.8 * i, 'b': 3.0}
+    (folder / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    return folder
+
+
+def test_picture_shows_the_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip('matplotlib')
+    from matplotlib.figure import Figure
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, 'savefig', lambda figure, *args, **kwargs: (
+        figures.append(figure), save(figure, *args, **kwargs)))
+    one, two = write_run(tmp_path / 'one'), write_run(tmp_path / 'two')
+    plot.plot_loss([one], '')
+    plot.plot_loss([one, two], tmp_path / 'both.png')
+    assert capsys.readouterr().out == f'{one}/loss.png\n{tmp_path}/both.png\n'
+    for png in (one / 'loss.png', tmp_path / 'both.png'):
+        assert png.read_bytes()[:4] == b'\x89PNG' and png.stat().st_size > 20_000
+    top = figures[0].axes[0]
+    labels = ['training', 'validation, a', 'validation, b']
+    assert top.get_legend_handles_labels()[1] == labels
+    assert [t.get_text() for t in top.texts] == ['stable', 'decay']
+    smooth, a = top.get_legend_handles_labels()[0][:2]
+    # the mean of a straight line is the line, but at the ends, where the window is cut
+    assert smooth.get_ydata()[5:-5] == pytest.approx([9 - 0.04 * i for i in range(5, 195)])
+    assert list(a.get_xdata()) == [100 * (20 * i + 1) for i in range(10)]
+    assert figures[1].axes[0].get_legend_handles_labels()[1] == [
+        f'{run}: {label}' for run in ('one', 'two') for label in labels]
+
+
+def test_a_loss_that_is_not_finite_is_left_out(tmp_path):
+    run = write_run(tmp_path / 'run', n=2)
+    with open(run / 'log.jsonl', 'a') as f:
+        f.write(json.dumps({**STEP, 'loss': float('nan')}) + '\n')
+    assert len(plot.read_log(run)) == 2
+
+
+@pytest.mark.parametrize('log, line', {
+    None: 'No such file or directory',
+    '': 'holds no step yet',
+    json.dumps(STEP) + '\n{"step": 1, "pha': 'line 2 is no line of a training log',
+    json.dumps({**STEP, 'lr': None}): 'line 1 is no line of a training log',
+    '[]': 'line 1 is no line of a training log',
+    '{}': 'line 1 is no line of a training log',
+}.items())
+def test_logs_that_cannot_be_drawn(tmp_path, capsys, log, line):
+    if log is not None:
+        (tmp_path / 'log.jsonl').write_text(log)
+    with pytest.raises(SystemExit) as e:
+        plot.read_log(tmp_path)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.count('\n') == 1
+    assert f'{tmp_path}/log.jsonl' in err and line in err
+
+
+def test_as_a_program(tmp_path):
+    pytest.importorskip('matplotlib')
+
+    def go(*argv):
+        return subprocess.run([sys.executable, plot.__file__, *argv], cwd=tmp_path, check=False,
+                              capture_output=True, text=True)
+    done = go()
+    assert done.returncode == 2 and done.stderr.startswith('plot.py: there is no run under out/')
+    (tmp_path / 'out').mkdir()
+    for i, name in enumerate(('new', 'old')):
+        os.utime(write_run(tmp_path / 'out' / name) / 'log.jsonl', (9e8 - i, 9e8 - i))
+    assert go().stdout == 'out/new/loss.png\n'
+    for ending in ('nowhere/a.png', 'a.xyz'):
+        done = go('out/old', f'--png={ending}')
+        assert done.returncode == 2 and done.stderr.count('\n') == 1 and ending in done.stderr
