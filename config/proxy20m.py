@@ -22,11 +22,11 @@ _decay = {'arith': 0.67, 'stdlib': 0.33}             # two thirds SFT, as in the
 # Batches are small, since so few tokens must make many steps. Muon's learning rate is twice
 # AdamW's, its best in our trials; the embedding stays with AdamW and its own.
 phases = [
-    {'name': 'stable1', 'steps': 560, 'batch': 2, 'block_size': 512, 'data': _text,
+    {'name': 'stable1', 'steps': 480, 'batch': 2, 'block_size': 512, 'data': _text,
      'optimizer': 'adamw', 'warmup': 40, 'decay': 'constant', 'lr': (0, 1, 1)},
-    {'name': 'stable2', 'steps': 330, 'batch': 4, 'block_size': 512, 'data': _text,
+    {'name': 'stable2', 'steps': 320, 'batch': 4, 'block_size': 512, 'data': _text,
      'optimizer': 'adamw', 'decay': 'constant', 'lr': (0, 1, 1)},
-    {'name': 'decay', 'steps': 500, 'batch': 4, 'block_size': 512, 'data': _decay,
+    {'name': 'decay', 'steps': 480, 'batch': 4, 'block_size': 512, 'data': _decay,
      'optimizer': 'muon', 'decay': 'exponential',
      'lr': (0, 2, 1 / 8), 'embedding_lr': (0, 1, 1 / 16)},
     {'name': 'long', 'steps': 16, 'batch': 2, 'block_size': 2048, 'data': _decay,
