@@ -6,7 +6,11 @@ cannot bring code along.
 
     python checkpoint.py out/RUN                   # what is in the newest checkpoint of a run
 """
+import json
 import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,8 +18,9 @@ import torch
 
 from model import Xmodel, XmodelConfig
 
-CONTENT = {'model', 'config', 'knobs', 'step', 'tokens', 'recent', 'watch', 'optimizer',
-           'optimizer_states'}
+# what a file of bare weights, {'config': ..., 'model': ...}, is taken to hold besides
+BARE = {'knobs': {}, 'step': 0, 'tokens': 0, 'recent': [], 'watch': (0, 0.0), 'optimizer': None,
+        'optimizer_states': []}
 
 
 def replace_file(path, write):
@@ -27,6 +32,11 @@ def replace_file(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:                           # torch.save wraps the disk's error
+        cause = e if isinstance(e, OSError) else e.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -52,11 +62,12 @@ def read_checkpoint(path):
         raise ValueError(f'{path} does not exist; a checkpoint is a file out/RUN/step_N.pt')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        checkpoint |= {'config': XmodelConfig(**checkpoint['config']), 'path': str(path)}
+        config = XmodelConfig(**checkpoint['config'])
+        checkpoint = BARE | checkpoint | {'config': config, 'path': str(path)}
         with torch.device('meta'):
-            right = Xmodel(checkpoint['config']).state_dict()
+            right = Xmodel(config).state_dict()
         shapes, right = ({k: v.shape for k, v in d.items()} for d in (checkpoint['model'], right))
-        if shapes != right or not CONTENT <= checkpoint.keys():
+        if shapes != right:
             raise ValueError
         return checkpoint
     except Exception as e:  # noqa: BLE001                         (torch.load raises many kinds)
@@ -70,6 +81,35 @@ def load_model(path, device='cpu'):
     model = Xmodel(checkpoint['config']).to(device)
     model.load_state_dict(checkpoint.pop('model'))
     return model.eval(), checkpoint
+
+
+def prune(run, keep, ends):
+    """Delete a run's checkpoints but for the last `keep`, and those at the steps `ends`."""
+    passing = [f for f in checkpoints(run) if int(f.stem[5:]) not in ends]
+    for file in passing[:max(0, len(passing) - keep)]:
+        file.unlink()
+
+
+def begin_folder(run, step, about):
+    """Make the run's folder, keep of its log the lines before `step`, write run.json.
+
+    A log that would lose lines though there was no checkpoint to go on from is kept as log.old.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    log, kept = run / 'log.jsonl', []
+    if log.exists() and step:
+        for line in log.read_text().splitlines(keepends=True):
+            if not re.match(r'{"step": \d+,.*}\n', line) or json.loads(line)['step'] >= step:
+                break                                              # cut off by a kill, or later
+            kept.append(line)
+    elif log.exists():
+        os.replace(log, run / 'log.old')
+    replace_file(log, lambda f: f.write(''.join(kept).encode()))
+    commit = shutil.which('git') and subprocess.run(
+        ['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True,
+        check=False).stdout.strip()
+    about |= {'git_commit': commit, 'python': sys.version.split()[0], 'torch': torch.__version__}
+    replace_file(run / 'run.json', lambda f: f.write(json.dumps(about, indent=1).encode()))
 
 
 def changes(old, new, path=''):

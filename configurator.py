@@ -102,7 +102,8 @@ def put(old, keys, text, choices=(), record=None):
 def run_config(file, values):
     """(what the config file leaves behind, {name: line} of what it assigns), given these knobs."""
     if not Path(file).is_file():
-        raise ValueError('there is no such file')
+        near = difflib.get_close_matches(file, map(str, Path(file).parent.glob('*.py')), 1)
+        raise ValueError('there is no such file' + (f'; the nearest is {near[0]}' if near else ''))
     space = {'__file__': file, **copy.deepcopy(values)}
     try:
         tree = ast.parse(Path(file).read_bytes(), file)

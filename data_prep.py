@@ -474,8 +474,8 @@ def get_batch(data, weights, rows, T, seed, start=None, completion_only=False):
 def windows_before(phases, phase, seed):
     """{data set: windows of this phase's length that the phases before it have drawn}: its `start`.
 
-    So no text comes twice within an epoch while T stays; another T cuts other windows, in an order
-    of their own.
+    So no text comes twice within an epoch as long as all earlier phases had the same T; another T
+    cuts other windows, in an order of their own.
     """
     tokens = Counter()
     for earlier in phases[:phases.index(phase)]:
@@ -488,16 +488,19 @@ def windows_before(phases, phase, seed):
 def prepare_missing(data_dir, names, sources, vocab_size):
     """Make the data sets that are not in data_dir; sources: {name: arguments for data_prep.py}.
 
-    ValueError, in one line, for one that sources does not name; SystemExit if making one fails.
+    A source whose path has spaces is quoted, as in a shell. ValueError, in one line, for a data set
+    that sources does not name; SystemExit if making one fails.
     """
     for name in names:
         folder = Path(data_dir, name)
-        args = f'{sources.get(name, "FOLDER")} --out_dir={folder} --vocab_size={vocab_size}'
+        args = [*shlex.split(sources.get(name, 'FOLDER')), f'--out_dir={folder}',
+                f'--vocab_size={vocab_size}']
         if not folder.exists():
+            command = f'python data_prep.py {shlex.join(args)}'
             if name not in sources:
-                raise ValueError(f'{folder} is missing: python data_prep.py {args}')
-            print(f'{folder} is missing, so: python data_prep.py {args}', flush=True)
-            run = subprocess.run([sys.executable, __file__, *shlex.split(args)], check=False)
+                raise ValueError(f'{folder} is missing: {command}')
+            print(f'{folder} is missing, so: {command}', flush=True)
+            run = subprocess.run([sys.executable, __file__, *args], check=False)
             if run.returncode:
                 sys.exit(run.returncode)
 

@@ -2,9 +2,9 @@
 blocks, RMSNorm, rotary positions, grouped-query attention, SwiGLU, one matrix for input and output.
 
 µP (maximal update parametrisation, Tensor Programs V, arXiv 2203.03466) answers one question: how
-must init, multipliers and learning rates change with width so that every activation moves by the
-same amount in a step, whatever the width? Where they do, a learning rate found on a 256-wide proxy
-is the right one at width 1536. All of its rules stand in `mup_table`; init, forward pass and
+must init, multipliers and Adam's learning rates change with width so that every activation moves by
+the same amount in a step, whatever the width? Where they do, a learning rate found on a 256-wide
+proxy is the right one at width 1536. All of its rules stand in `mup_table`; init, forward pass and
 optimizer groups read them there.
 
     python model.py        # the table, and the parameters of the 1.3B model
@@ -67,11 +67,16 @@ class Rule(NamedTuple):
 def mup_table(c):
     """role -> Rule for an XmodelConfig, by its mup_rules.
 
-    'textbook' is Tensor Programs V, table 8 (Adam), with the embedding tied to the output, and with
-    depth-µP's 1/sqrt(L) on residual branches (Tensor Programs VI, arXiv 2310.02244). 'authors' is
-    Xmodel-2.5's released code, which deviates twice: branch outputs start at a std that does not
-    shrink with width, and norm gains share the matrices' learning rate. At the base width (m = 1)
-    both are the same. 'sp' is standard parametrisation, with nanoGPT's init.
+    Why: Adam moves every weight by about lr. A matrix sums over the width: independent terms at
+    init (so std 1/sqrt(m)), aligned ones in an update (so lr 1/m). An embedding row is looked up
+    alone: nothing scales. q·k and the logits sum what comes to be aligned: 1/hd and 1/m, no root.
+
+    'textbook' is Tensor Programs V, table 8 (Adam), with the embedding tied to the output. Of depth
+    it has 1/sqrt(L) on residual branches, as in Tensor Programs VI (arXiv 2310.02244), and GPT-2's
+    1/sqrt(2 L) in the init of what they put out. 'authors' is Xmodel-2.5's released code, which
+    deviates twice: branch outputs start at a std that does not shrink with width, and norm gains
+    share the matrices' learning rate. At the base width (m = 1) both are the same. 'sp' is standard
+    parametrisation, with nanoGPT's init.
     """
     m = c.n_embd / c.mup_base_width                     # width multiplier, 6 for the 1.3B model
     L, std = c.n_layer, c.init_std
@@ -231,17 +236,17 @@ class Xmodel(nn.Module):
 
     def try_compiled(self, x, y, autocast):
         """set_compiled(True), unless that fails or changes the loss of x, y; says which it was."""
-        def loss(compiled):
-            self.set_compiled(compiled)
+        def loss_of_a_step(on):
+            self.set_compiled(on)
             with autocast:
                 loss = self(x, y)[1]
             loss.backward()
             self.zero_grad()
             return loss.item()
 
-        eager, began, trouble = loss(compiled=False), time.time(), ''
+        eager, began, trouble = loss_of_a_step(False), time.time(), ''
         try:
-            compiled = loss(compiled=True)
+            compiled = loss_of_a_step(True)
         except Exception as e:  # noqa: BLE001                     (a compiler can fail in any way)
             compiled, trouble = math.nan, f' ({type(e).__name__}: {str(e)[:80]!r})'
         if abs(compiled - eager) <= 0.01 * eager:                  # bf16 rounds at 0.4 %
@@ -255,7 +260,7 @@ class Xmodel(nn.Module):
         """Optimizer groups, one a role: {params, role, lr_knob, lr_mult, weight_decay}.
 
         A group's learning rate is the knob `lr_knob` times `lr_mult`; its decoupled decay a step is
-        that learning rate times `weight_decay` (0.1 on matrices and embedding, none on gains).
+        that learning rate times `weight_decay`, so it falls as 1/m on matrices, too.
         """
         params = {}
         for name, p in self.named_parameters():
@@ -284,7 +289,7 @@ class Xmodel(nn.Module):
             queries = keys[-idx.size(1):, None]                                 # (Tq, 1)
             positions = (queries[:, 0] - pad[:, None]).clamp(min=0)             # (B, Tq)
             cos, sin = rope_angles(positions, c.hd, c.rope_theta)               # (B, Tq, 1, hd/2)
-            start = pad[:, None, None]                                          # (B, 1, 1)
+            start = pad[:, None, None]              # padding sees padding: no key at all gives NaN
             mask = (keys <= queries) & ((keys >= start) | (queries < start))    # (B, Tq, total)
             x = self.hidden(idx, cos, sin, cache, mask[:, None])                # (B, Tq, C)
             logits = self.logits(x[:, -1]).float()                              # (B, vocab_size)
@@ -298,7 +303,7 @@ class Xmodel(nn.Module):
             idx = token[:, None]                                                # (B, 1)
 
     def flops_per_token(self, T):
-        """Training FLOPs a token: 6 a weight, and in attention 12 n_embd for each of T/2 keys."""
+        """Training FLOPs a token: 6 a weight, and in each layer 12 n_embd for each of T/2 keys."""
         return 6 * self.num_params() + 12 * self.config.n_embd * self.config.n_layer * T // 2
 
     def num_params(self, embedding=True):

@@ -37,7 +37,9 @@ class Muon(torch.optim.Optimizer):
         w   <- w · (1 - lr · weight_decay) - lr · 0.2 sqrt(max(rows, cols)) · NewtonSchulz(u)
 
     U Vᵀ of a rows × cols matrix has RMS 1 / sqrt(max(rows, cols)); the factor brings every update
-    to RMS 0.2, about AdamW's, so lr and decay carry over (Moonlight, arXiv 2502.16982, eq. 4).
+    to RMS 0.2, about AdamW's, so lr and decay carry over at one width (Moonlight, arXiv 2502.16982,
+    eq. 4). Across widths, activations then move as lr sqrt(width), which asks for lr 1/sqrt(m); but
+    Xmodel-2.5's decay uses µP's 1/m, Adam's rule, and so does model.mup_table.
     Weights of one shape are stacked and orthogonalised together. A fused weight (qkv, gate-up) is
     one matrix, as in Xmodel-2.5's code; split=True takes its weight.parts = (rows, ...) singly.
     """

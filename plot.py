@@ -23,7 +23,7 @@ MARKERS = 'osD^v'
 
 def read_log(run):
     """The lines of run/log.jsonl, a dict each, without those where the loss is not finite."""
-    log, entries = Path(run, 'log.jsonl'), []
+    log, entries, n = Path(run, 'log.jsonl'), [], 1
     try:
         for n, line in enumerate(log.read_text(encoding='utf-8').splitlines(), 1):
             entry = json.loads(line)

@@ -1,7 +1,7 @@
 """Write text with a trained model, token by token.
 
     python sample.py out/proxy20m --prompt="def fib(n):"       # newest checkpoint of the run
-    python sample.py out/proxy20m/step_900.pt --num_samples=3 --temperature=0.7
+    python sample.py out/proxy20m/step_800.pt --num_samples=3 --temperature=0.7
     cat question.txt | python sample.py out/proxy20m --prompt=-
 
 The text streams to stdout as it is made, the speed goes to stderr. A KV cache keeps each token's

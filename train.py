@@ -16,7 +16,6 @@ import math
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -28,7 +27,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import changes, checkpoints, read_checkpoint, replace_file
+from checkpoint import begin_folder, changes, checkpoints, prune, read_checkpoint, replace_file
 from configurator import configure, fail, knob_values
 from data_prep import get_batch, get_windows, open_data, prepare_missing, windows_before
 from model import Xmodel, XmodelConfig
@@ -38,7 +37,7 @@ from muon import make_optimizers
 out_dir = 'out/run'           # folder of this run; never overwrites another's
 resume = False                # go on from the newest checkpoint in out_dir
 init_from = ''                # begin with this checkpoint's weights, at its step of the curriculum
-init_step = -1                # with init_from: begin at this step instead, with fresh optimizers
+init_step = -1                # with init_from: begin at this step; if not its own, fresh optimizers
 seed = 1337                   # fixes init and the order of the data
 device = 'auto'               # 'auto' takes cuda, mps or cpu, whichever is there
 dtype = 'auto'                # 'auto' | 'bfloat16' | 'float32': of matmuls; weights are always fp32
@@ -63,12 +62,12 @@ residual_scale = 1.4
 init_std = 0.1
 mup_rules = 'textbook'        # 'textbook' | 'authors' | 'sp': column of the table in model.py
 # --- curriculum: a list of phases, each a dict like those in config/proxy20m.py ---
-phases = []                   # name, steps, batch, block_size, data, optimizer, warmup, decay, lr
+phases = []                   # keys: see check_phases
 steps_scale = 1.0             # multiplies every phase's steps and warmup, to try a run in small
 micro_batch_tokens = 4096     # most tokens in one forward pass of one rank; the rest accumulates
 # --- optimizer ---
-learning_rate = 0.01          # peak, at the base width; µP's table scales it for each role
-embedding_lr = 0.01           # peak of the tied embedding
+learning_rate = 0.01          # what 1 in a phase's lr means, at the base width (µP scales it)
+embedding_lr = 0.01           # the same for the tied embedding; unused with mup_rules='sp'
 weight_decay = 0.1            # times the learning rate, on matrices and embedding
 beta1 = 0.9
 beta2 = 0.95
@@ -104,14 +103,14 @@ def phase_at(step):
 def lr_at(step):
     """(learning rate, embedding's learning rate) at a step, before µP's factors (model.mup_table).
 
-    Warmup-Stable-Decay: a phase's lr = (start, peak, end), as shares of the knobs learning_rate and
-    embedding_lr; linear from start to peak during its warmup, then constant, 'linear' or
-    'exponential' to end, which in Megatron's WSD is end + (2 · 0.5^r - 1)(peak - end) at share r of
-    the phase (Xmodel-2.5's released configuration).
+    Warmup-Stable-Decay: a phase's lr = (start, peak, end), in units of the knobs learning_rate and
+    embedding_lr. Linear from start to peak over its warmup; then, at share r of the steps left,
+    'constant' peak, 'linear' to end, or 'exponential', which in Megatron's WSD is
+    end + (2 · 0.5^r - 1)(peak - end), shifted so as to reach end (Xmodel-2.5's configuration).
     """
     phase, first = phase_at(step)
     i, warmup = step - first, phase['warmup']
-    r = (i - warmup) / max(1, phase['steps'] - warmup)           # share of the phase done
+    r = (i - warmup) / max(1, phase['steps'] - warmup)
     left = {'constant': 1, 'linear': 1 - r, 'exponential': 2 * 0.5**r - 1}[phase['decay']]
     lrs = []
     for knob, key in ((learning_rate, 'lr'), (embedding_lr, 'embedding_lr')):
@@ -123,6 +122,10 @@ def lr_at(step):
 
 def check_phases():
     """Fill in what phases may leave out and scale their steps; refuse in one line what is wrong."""
+    for name in ('log_interval', 'eval_interval', 'eval_rows', 'checkpoint_interval'):
+        if globals()[name] < 1:
+            fail(f'{name}={globals()[name]} should be at least 1')
+    names = [phase.get('name') for phase in phases]
     lowest = {'steps': 0, 'batch': 1, 'block_size': 1, 'warmup': 0}
     choices = {'optimizer': ('adamw', 'muon'), 'decay': ('constant', 'linear', 'exponential')}
     lrs = ('lr', 'embedding_lr')
@@ -131,12 +134,15 @@ def check_phases():
         phase.setdefault('embedding_lr', phase.get('lr'))
         for key in ('name', *lowest, 'data', *choices, *lrs, *phase):
             value, right = phase.get(key), ''
-            if key in lowest and (type(value) is not int or value < lowest[key]):
+            if key == 'name' and (not isinstance(value, str) or names.count(value) > 1):
+                right = 'a name of its own'
+            elif key in lowest and (type(value) is not int or value < lowest[key]):
                 right = f'an integer of at least {lowest[key]}'
             elif key in choices and value not in choices[key]:
                 right = f'one of {", ".join(choices[key])}'
-            elif key in lrs and not (isinstance(value, tuple) and len(value) == 3):
-                right = '(start, peak, end) as shares of the learning rate'
+            elif key in lrs and not (isinstance(value, tuple) and len(value) == 3
+                                     and all(type(v) in (int, float) and v >= 0 for v in value)):
+                right = '(start, peak, end) in units of the learning rate'
             elif key == 'data' and not (isinstance(value, dict) and value):
                 right = '{data set: weight}'
             elif key not in ('name', *lowest, 'data', *choices, *lrs):
@@ -147,9 +153,9 @@ def check_phases():
             phase[key] = round(phase[key] * steps_scale) or min(1, phase[key])
         if phase['warmup'] > phase['steps'] > 0:
             fail(f'phase {phase["name"]!r}: its warmup is longer than its steps={phase["steps"]}')
-    phases[:] = [phase for phase in phases if phase['steps']]
+    phases[:] = [phase for phase in phases if phase['steps'] > 0]
     if not phases:
-        fail('the curriculum (phases) is empty; a config with one: config/nano.py')
+        fail('the curriculum (phases, steps_scale) is empty; a config with one: config/nano.py')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -196,9 +202,12 @@ def main():
         torch.zeros(1, device=where)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         fail(f'device={device!r} cannot be used here: {str(e).splitlines()[0][:120]}')
-    has_bf16 = {'cuda': True, 'mps': False, 'cpu': torch.cpu._is_avx512_bf16_supported()}
-    bf16 = has_bf16.get(where.type, False) if dtype == 'auto' else dtype == 'bfloat16'
+    has_bf16 = where.type == 'cpu' and torch.cpu._is_avx512_bf16_supported() or \
+        where.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = has_bf16 if dtype == 'auto' else dtype == 'bfloat16'
     autocast = torch.autocast(where.type, torch.bfloat16) if bf16 else nullcontext()
+    if where.type == 'cuda':
+        torch.cuda.set_device(where)
     if world > 1:
         dist.init_process_group('nccl' if where.type == 'cuda' else 'gloo')
 
@@ -218,17 +227,17 @@ def main():
             dist.barrier()
         data = open_data(data_dir, names, vocab_size)
         for phase in phases:
-            for name in phase['data']:
-                for split in ('train', 'val'):
-                    data[name].n_windows(split, phase['block_size'])
+            get_batch(data, phase['data'], [0], phase['block_size'], seed)     # weights are fit
+            for name, split in itertools.product(phase['data'], ('train', 'val')):
+                data[name].n_windows(split, phase['block_size'])
     except ValueError as e:
         fail(e)
     knobs['data'] = {name: data[name].meta['train']['sha256'] for name in names}
 
     torch.manual_seed(seed)
     model = Xmodel(config).to(where)
-    step, tokens, recent, watch = 0, 0, [], (0, 0.0)             # watch: (until step, loss limit)
-    optimizers = kind = None                                     # kind: 'adamw' or 'muon'
+    step, tokens, kind, optimizers = 0, 0, None, None            # kind: 'adamw' or 'muon'
+    recent, watch = [], (0, 0.0)                                 # watch: (until step, loss limit)
     if start:
         for line in changes(asdict(start['config']), asdict(config)):
             if not line.startswith('block_size'):
@@ -246,22 +255,12 @@ def main():
         if step >= total:
             fail(f'{start["path"]} is at step {step} of {total}: nothing is left to do'
                  + (' (--init_step=0 starts anew with its weights)' if not resuming else ''))
-
-    # --- the folder: the log keeps the lines before `step`, run.json says what is run ---
     if rank == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        lines = log_file.read_text().splitlines(keepends=True) if resuming else []
-        kept = [line for line in lines if line.endswith('\n') and json.loads(line)['step'] < step]
-        replace_file(log_file, lambda f: f.write(''.join(kept).encode()))
-        commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent,
-                                capture_output=True, text=True, check=False).stdout.strip()
-        about = {'knobs': knobs, 'first_step': step, 'argv': sys.argv, 'git_commit': commit,
-                 'python': sys.version.split()[0], 'torch': torch.__version__, 'device': str(where),
-                 'bf16': bf16, 'ranks': world, 'threads': torch.get_num_threads()}
-        replace_file(run / 'run.json', lambda f: f.write(json.dumps(about, indent=1).encode()))
+        begin_folder(run, step if resuming else 0, {
+            'knobs': knobs, 'first_step': step, 'argv': sys.argv, 'device': str(where),
+            'bf16': bf16, 'ranks': world, 'threads': torch.get_num_threads()})
 
     # --- the table of what is going to happen ---
-    N = model.num_params(embedding=False)
     size = [phase['steps'] * phase['batch'] * phase['block_size'] for phase in phases]  # in tokens
     say(f'{"phase":9} {"steps":>8} {"batch x length":>15} {"tokens":>19}  optimizer  lr')
     for phase, n in zip(phases, size):
@@ -269,15 +268,16 @@ def main():
         lr = (f'{low} -> ' if phase['warmup'] else '') + f'{peak} -> {end}, {phase["decay"]}'
         say(f'{phase["name"]:9} {phase["steps"]:8,} {phase["batch"]:>6} x {phase["block_size"]:<6} '
             f'{n:19,}  {phase["optimizer"]:9}  {lr}')
-    say(f'{model.num_params():,} parameters, {N:,} without the embedding; {sum(size):,} tokens, '
-        f'{sum(size) / N:.3g} for each parameter outside the embedding')
-    say(f'{where}, {"bf16" if bf16 else "fp32"}, {torch.get_num_threads()} threads, to {run}')
+    N = model.num_params(embedding=False)
+    say(f'{model.num_params():,} parameters, {N:,} outside the embedding; '
+        f'{sum(size):,} tokens, {sum(size) / N:.3g} a parameter outside it')
+    say(f'{where}, {"bf16" if bf16 else "fp32"}, {torch.get_num_threads()} threads, to {run}'
+        + (', where there is no checkpoint yet' if resume and not resuming else ''))
 
-    # Compiling for CPU needs a C++ compiler, and pays where eager would take minutes (2e13 FLOPs).
-    # On macOS and MPS it is off: users report NaN losses.
+    # Compiling pays where eager would take minutes. On macOS and MPS users report NaN losses.
     flops = [n * model.flops_per_token(phase['block_size']) for phase, n in zip(phases, size)]
     compiler = sys.platform == 'linux' and any(map(shutil.which, ('g++', 'c++', 'clang++')))
-    pays = where.type == 'cuda' or where.type == 'cpu' and compiler and sum(flops) > 2e13
+    pays = where.type == 'cuda' or (where.type == 'cpu' and compiler and sum(flops) > 2e13)
     compiling = pays if compile == 'auto' else compile
 
     # --- the loop ---
@@ -296,8 +296,9 @@ def main():
                 optimizers = make_optimizers(phase['optimizer'], model.param_groups(weight_decay),
                                              (beta1, beta2), momentum, muon_split)
                 if kind == phase['optimizer']:
-                    for optimizer, state in zip(optimizers, start.pop('optimizer_states')):
-                        optimizer.load_state_dict(state)
+                    for optimizer, old in zip(optimizers, start.pop('optimizer_states')):
+                        # the moments; betas, decay and so on are this run's
+                        optimizer.load_state_dict(optimizer.state_dict() | {'state': old['state']})
                 elif kind:
                     note = f'optimizer {kind} -> {phase["optimizer"]}, with fresh state'
                     calm = recent[-50:]                          # a spike is 4 deviations above
@@ -372,9 +373,9 @@ def main():
         bar.update()
         if bar.disable and (step % log_interval == 0 or phase_ends):
             say(f'step {step}/{total} {news}')
-        if not math.isfinite(loss):
-            sys.exit(f'train.py: loss is {loss} at step {step - 1}; lower learning_rate, and start '
-                     f'again or from a checkpoint in {run} with --init_from')
+        if not math.isfinite(loss + entry['grad_norm']):
+            sys.exit(f'train.py: step {step - 1} has loss {loss}, gradient norm '
+                     f'{entry["grad_norm"]}; try a lower learning_rate')
 
         # --- checkpoint ---
         if rank == 0 and (step % checkpoint_interval == 0 or phase_ends):
@@ -382,9 +383,7 @@ def main():
                      'tokens': tokens, 'recent': recent, 'watch': watch, 'knobs': knobs,
                      'optimizer': kind, 'optimizer_states': [o.state_dict() for o in optimizers]}
             replace_file(run / f'step_{step}.pt', lambda f: torch.save(state, f))  # noqa: B023
-            passing = [f for f in checkpoints(run) if int(f.stem[5:]) not in ends]
-            for old in passing[:max(0, len(passing) - keep)]:
-                old.unlink()
+            prune(run, keep, ends)
     bar.close()
     say(f'done: {checkpoints(run)[-1]}; python sample.py {run} --prompt="def fib(n):"')
     if world > 1:

@@ -3,8 +3,8 @@
 
     python train.py config/proxy20m.py
 
-Text is the source of the Python that runs this; instruction data are made-up sums in words. With 3M
-tokens, not 1.4T, the phases keep the paper's order but not its proportions: decay takes a third.
+Text is the source of the Python that runs this; instruction data are made-up sums in words. With
+2.2M tokens, not 1.4T, the phases keep the paper's order but not its proportions: decay takes 45 %.
 """
 out_dir = 'out/proxy20m'
 sources = {'stdlib': 'stdlib', 'arith': 'arith'}

@@ -187,7 +187,8 @@ def test_missing_data_are_made_where_the_config_says_how(tmp_path):
                f'--data_dir={tmp_path / "data"}', '--sources.arith=arith --num_docs=300')
     assert done.returncode == 0, done.stderr
     assert 'data/arith is missing, so: python data_prep.py arith --num_docs=300' in done.stdout
-    assert [line['phase'] for line in log(tmp_path / 'run')] == ['stable1', 'stable2', 'decay', 'long']
+    phases = [line['phase'] for line in log(tmp_path / 'run')]
+    assert phases == ['stable1', 'stable2', 'decay', 'long']
 
 
 def test_sample_and_eval_of_a_run(tiny_run):
