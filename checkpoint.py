@@ -32,7 +32,7 @@ def replace_file(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:                           # torch.save wraps the disk's error
+    except (OSError, RuntimeError) as e:                       # torch.save wraps the disk's error
         cause = e if isinstance(e, OSError) else e.__context__
         if not isinstance(cause, OSError):
             raise
