@@ -176,6 +176,10 @@ def main():
             speeds[name].append(batch_size * block_size / seconds)
         bar.update()
     bar.close()
+    for pipe in pipes.values():
+        pipe.close()                                             # which ends its worker
+    for process in multiprocessing.active_children():
+        process.join()
 
     # --- the table ---
     with torch.device('meta'):
