@@ -85,22 +85,22 @@ def mup_table(c):
     textbook = {
         #                  init std                  multiplier          learning rate   decay
         'embedding':  Rule(std,                      c.input_scale,      emb,  1,        True),
-        'matrix':     Rule(std / math.sqrt(m),       1,                  lr,   1 / m,    True),
+        'matrix':     Rule(std / math.sqrt(m),       None,               lr,   1 / m,    True),
         'branch_out': Rule(std / math.sqrt(2*L * m), branch,             lr,   1 / m,    True),
-        'gain':       Rule(None,                     1,                  lr,   1,        False),
+        'gain':       Rule(None,                     None,               lr,   1,        False),
         'attention':  Rule(None,                     1 / c.hd,           None, None,     None),
         'logits':     Rule(None,                     c.output_scale / m, None, None,     None),
     }
     authors = textbook | {
         'branch_out': Rule(std / math.sqrt(2*L),     branch,             lr,   1 / m,    True),
-        'gain':       Rule(None,                     1,                  lr,   1 / m,    False),
+        'gain':       Rule(None,                     None,               lr,   1 / m,    False),
     }
     std = std / 5                                       # 0.02 where µP has its default, 0.1
     sp = {
         'embedding':  Rule(std,                      1,                  lr,   1,        True),
-        'matrix':     Rule(std,                      1,                  lr,   1,        True),
+        'matrix':     Rule(std,                      None,               lr,   1,        True),
         'branch_out': Rule(std / math.sqrt(2*L),     1,                  lr,   1,        True),
-        'gain':       Rule(None,                     1,                  lr,   1,        False),
+        'gain':       Rule(None,                     None,               lr,   1,        False),
         'attention':  Rule(None,                     1 / math.sqrt(c.hd), None, None,     None),
         'logits':     Rule(None,                     c.output_scale,     None, None,     None),
     }
@@ -140,7 +140,7 @@ class Attention(nn.Module):
         self.scale = rule.multiplier
         kv = self.n_kv_head * self.hd
         self.qkv = nn.Linear(c.n_embd, c.n_embd + 2 * kv, bias=False)
-        self.qkv.weight.parts = (c.n_embd, kv, kv)                 # for muon.Muon(split=True)
+        self.qkv.parts = (c.n_embd, kv, kv)                        # rows of q, k, v, for Muon
         self.out = nn.Linear(c.n_embd, c.n_embd, bias=False)
 
     def forward(self, x, cos, sin, cache=None, mask=None):
@@ -162,7 +162,7 @@ class SwiGLU(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.gate_up = nn.Linear(c.n_embd, 2 * c.n_ffn, bias=False)
-        self.gate_up.weight.parts = (c.n_ffn, c.n_ffn)             # for muon.Muon(split=True)
+        self.gate_up.parts = (c.n_ffn, c.n_ffn)                    # rows of gate, up, for Muon
         self.down = nn.Linear(c.n_ffn, c.n_embd, bias=False)
 
     def forward(self, x):
@@ -257,18 +257,20 @@ class Xmodel(nn.Module):
         return f'compiled loss {compiled:.4f}, eager {eager:.4f}{trouble}: going on in eager mode'
 
     def param_groups(self, weight_decay=0.1):
-        """Optimizer groups, one a role: {params, role, lr_knob, lr_mult, weight_decay}.
+        """Optimizer groups, by role: {params, role, parts, lr_knob, lr_mult, weight_decay}.
 
         A group's learning rate is the knob `lr_knob` times `lr_mult`; its decoupled decay a step is
-        that learning rate times `weight_decay`, so it falls as 1/m on matrices, too.
+        that times `weight_decay`, so it falls as 1/m on matrices, too. parts: rows of each matrix
+        that the group's weights fuse, or None.
         """
-        params = {}
+        groups = {}
         for name, p in self.named_parameters():
-            params.setdefault(role_of(name), []).append(p)
-        return [{'params': ps, 'role': role, 'lr_knob': self.table[role].lr_knob,
-                 'lr_mult': self.table[role].lr_mult,
+            parts = getattr(self.get_submodule(name.rpartition('.')[0]), 'parts', None)
+            groups.setdefault((role_of(name), parts), []).append(p)
+        return [{'params': params, 'role': role, 'parts': parts,
+                 'lr_knob': self.table[role].lr_knob, 'lr_mult': self.table[role].lr_mult,
                  'weight_decay': weight_decay if self.table[role].weight_decay else 0.0}
-                for role, ps in params.items()]
+                for (role, parts), params in groups.items()]
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
@@ -326,7 +328,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, multiplier, dtype, with_grad):
         w, x = weight.to(dtype), x.to(dtype)                                    # (V, C), (N, C)
-        rows = max(1, 2**24 // len(w))                                      # 64 MB of fp32 logits
+        rows = max(1, 2**(28 if x.is_cuda else 24) // len(w))               # 1 GB (64 MB) of fp32
         share = multiplier / (targets >= 0).sum().clamp(min=1)
         total = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(x) if with_grad else None

@@ -41,12 +41,12 @@ class Muon(torch.optim.Optimizer):
     eq. 4). Across widths, activations then move as lr sqrt(width), which asks for lr 1/sqrt(m); but
     Xmodel-2.5's decay uses µP's 1/m, Adam's rule, and so does model.mup_table.
     Weights of one shape are stacked and orthogonalised together. A fused weight (qkv, gate-up) is
-    one matrix, as in Xmodel-2.5's code; split=True takes its weight.parts = (rows, ...) singly.
+    one matrix, as in Xmodel-2.5's code; split=True takes its group's `parts` (rows, ...) singly.
     """
 
     def __init__(self, params, lr=0.01, momentum=0.95, weight_decay=0.1, split=False):
         super().__init__(params, {'lr': lr, 'momentum': momentum, 'weight_decay': weight_decay,
-                                  'split': split})
+                                  'split': split, 'parts': None})
 
     @torch.no_grad()
     def step(self):
@@ -54,9 +54,9 @@ class Muon(torch.optim.Optimizer):
             by_shape = {}
             for p in group['params']:
                 if p.grad is not None:
-                    parts = getattr(p, 'parts', (len(p),)) if group['split'] else (len(p),)
-                    by_shape.setdefault((p.shape, parts), []).append(p)
-            for (_, parts), ps in by_shape.items():
+                    by_shape.setdefault(p.shape, []).append(p)
+            for (rows, _), ps in by_shape.items():
+                parts = group['split'] and group['parts'] or (rows,)
                 self.step_same_shape(ps, parts, group['lr'], group['momentum'],
                                      group['weight_decay'])
 
