@@ -307,7 +307,8 @@ class Dataset:
         """Starts and stops of the windows, of up to T + 1 tokens: T inputs, and targets one later.
 
         Plain text is cut at every T tokens. In SFT data a window takes as many whole documents as
-        fit; one that is longer than a window has its own and loses its end.
+        fit; one that is longer than a window has its own and loses its end. Attention is not masked
+        between the documents of a window: that EOS parts them is for the model to learn.
         """
         if not self.masks:
             starts = range(0, len(self.tokens[split]) - T, T)
@@ -339,8 +340,11 @@ class Dataset:
         return [(ids[a:b].tolist(), ids[b:c].tolist()) for a, b, c in zip(starts, middles, stops)]
 
 
-def open_data(data_dir, names, vocab_size):
-    """{name: Dataset} of data_dir/name for each name; ValueError, in one line, if one is unfit."""
+def open_data(data_dir, names, vocab_size, sources=None):
+    """{name: Dataset} of data_dir/name for each name; ValueError, in one line, if one is unfit.
+
+    With sources, {name: arguments for data_prep.py}, so is one that was made from another source.
+    """
     data = {}
     for name in names:
         folder, maps = Path(data_dir, name), {}
@@ -349,6 +353,7 @@ def open_data(data_dir, names, vocab_size):
             meta = json.loads((folder / 'meta.json').read_text())
             found, sft = (meta['vocab_size'], meta['tokenizer_sha256']), meta['sft']
             n_tokens = {split: meta[split]['tokens'] for split in SPLITS}
+            made_of = meta['sources'][0]
         except FileNotFoundError:
             raise ValueError(f'{folder}/meta.json is missing: {make}') from None
         except (ValueError, KeyError, TypeError):
@@ -356,6 +361,10 @@ def open_data(data_dir, names, vocab_size):
         if found != (vocab_size, SHA256):
             raise ValueError(f'{folder}/meta.json has vocab_size={found[0]}, the model {vocab_size}'
                              f' with tokenizer {SHA256[:8]}...: {make} --overwrite')
+        wanted = shlex.split((sources or {}).get(name, ''))
+        if wanted and wanted[0] != made_of:
+            raise ValueError(f'{folder} was made from {made_of!r}, not from {wanted[0]!r}: with '
+                             '--data_dir=NEW it is made beside this one')
         for split in SPLITS:
             for part, dtype in (('', token_dtype(vocab_size)), ('_mask', np.uint8))[:1 + sft]:
                 file = folder / f'{split}{part}.bin'
