@@ -159,7 +159,7 @@ def check_phases():
 
 
 # --------------------------------------------------------------------------------------------------
-# Pieces of the loop
+# The run
 
 def evaluate(model, data, phase, rows, device, autocast):
     """data set -> mean loss in nats over eval_rows windows, spread over its validation split."""
@@ -179,9 +179,6 @@ def evaluate(model, data, phase, rows, device, autocast):
     return losses
 
 
-# --------------------------------------------------------------------------------------------------
-# The run
-
 def main():
     knobs = copy.deepcopy(knob_values(globals()))
     check_phases()
@@ -198,8 +195,7 @@ def main():
     if where == 'cuda' and world > 1:
         where = f'cuda:{os.environ["LOCAL_RANK"]}'
     try:
-        where = torch.device(where)
-        torch.zeros(1, device=where)
+        where = torch.zeros(1, device=where).device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         fail(f'device={device!r} cannot be used here: {str(e).splitlines()[0][:120]}')
     has_bf16 = where.type == 'cpu' and torch.cpu._is_avx512_bf16_supported() or \
@@ -225,7 +221,7 @@ def main():
             prepare_missing(data_dir, names, sources, vocab_size)
         if world > 1:
             dist.barrier()
-        data = open_data(data_dir, names, vocab_size)
+        data = open_data(data_dir, names, vocab_size, sources)
         for phase in phases:
             get_batch(data, phase['data'], [0], phase['block_size'], seed)     # weights are fit
             for name, split in itertools.product(phase['data'], ('train', 'val')):
@@ -237,7 +233,7 @@ def main():
     torch.manual_seed(seed)
     model = Xmodel(config).to(where)
     step, tokens, kind, optimizers = 0, 0, None, None            # kind: 'adamw' or 'muon'
-    recent, watch = [], (0, 0.0)                                 # watch: (until step, loss limit)
+    recent, watch = [], (-50, 0.0)          # last losses; (change of optimizer, limit after it)
     if start:
         for line in changes(asdict(start['config']), asdict(config)):
             if not line.startswith('block_size'):
@@ -263,11 +259,14 @@ def main():
     # --- the table of what is going to happen ---
     size = [phase['steps'] * phase['batch'] * phase['block_size'] for phase in phases]  # in tokens
     say(f'{"phase":9} {"steps":>8} {"batch x length":>15} {"tokens":>19}  optimizer  lr')
-    for phase, n in zip(phases, size):
-        low, peak, end = (f'{learning_rate * share:.3g}' for share in phase['lr'])
-        lr = (f'{low} -> ' if phase['warmup'] else '') + f'{peak} -> {end}, {phase["decay"]}'
+    for phase, phase_tokens in zip(phases, size):
+        low, peak, end = (f'{learning_rate * times:.3g}' for times in phase['lr'])
+        lr = (f'{low} -> ' if phase['warmup'] else '') + peak
+        lr += f' -> {end}, {phase["decay"]}' if phase['decay'] != 'constant' else ', constant'
         say(f'{phase["name"]:9} {phase["steps"]:8,} {phase["batch"]:>6} x {phase["block_size"]:<6} '
-            f'{n:19,}  {phase["optimizer"]:9}  {lr}')
+            f'{phase_tokens:19,}  {phase["optimizer"]:9}  {lr}')
+    for name, d in data.items():
+        say(f'{data_dir}/{name}: {d.meta["train"]["tokens"]:,} tokens of {d.meta["sources"][0]}')
     N = model.num_params(embedding=False)
     say(f'{model.num_params():,} parameters, {N:,} outside the embedding; '
         f'{sum(size):,} tokens, {sum(size) / N:.3g} a parameter outside it')
@@ -301,8 +300,8 @@ def main():
                         optimizer.load_state_dict(optimizer.state_dict() | {'state': old['state']})
                 elif kind:
                     note = f'optimizer {kind} -> {phase["optimizer"]}, with fresh state'
-                    calm = recent[-50:]                          # a spike is 4 deviations above
-                    watch = (step + 50, statistics.fmean(calm) + 4 * statistics.pstdev(calm))
+                    # a spike: ten losses (so not two of a new mixture) 4 deviations up
+                    watch = (step, statistics.fmean(recent) + 4 * statistics.pstdev(recent))
                 kind = phase['optimizer']
             say(f'step {step}: phase {phase["name"]}' + (f', {note}' if note else ''))
 
@@ -320,8 +319,8 @@ def main():
         # --- forward and backward: each micro-batch weighs as many targets as it has ---
         began = time.time()
         loss = torch.zeros((), device=where)
-        for n, (x, y) in enumerate(micro, 1):
-            last = world == 1 or n == len(micro)                 # ranks add gradients up only once
+        for i, (x, y) in enumerate(micro, 1):
+            last = world == 1 or i == len(micro)                 # ranks add gradients up only once
             with nullcontext() if last else net.no_sync():
                 with autocast:
                     part = net(x.to(where), y.to(where))[1] * (int((y >= 0).sum()) / targets)
@@ -341,23 +340,23 @@ def main():
         loss, seconds = loss.item(), time.time() - began
 
         # --- log ---
-        n = phase['batch'] * T
-        tokens += n
-        speed.append(n * model.flops_per_token(T) / seconds)
+        step_tokens = phase['batch'] * T
+        tokens += step_tokens
+        speed.append(step_tokens * model.flops_per_token(T) / seconds)
         if len(speed) == 5:
             left = sum(f * min(1, max(0, end - step) / p['steps'])
                        for f, end, p in zip(flops, ends, phases))
             say(f'about {left / statistics.median(speed) / 60:,.0f} minutes to go')
         entry = {'step': step, 'phase': phase['name'], 'tokens': tokens, 'loss': loss,
                  'lr': lrs['learning_rate'], 'embedding_lr': lrs['embedding_lr'],
-                 'grad_norm': grad_norm.item(), 'tok_per_s': round(n / seconds, 1)}
+                 'grad_norm': grad_norm.item(), 'tok_per_s': round(step_tokens / seconds, 1)}
         if note:
             entry['note'], note = note, None
-        if step < watch[0] and loss > watch[1]:
-            say(f'step {step}: loss {loss:.3f} after the change of optimizer is above '
-                f'{watch[1]:.3f}, 4 deviations over the 50 steps before: look at lr, weight decay')
-            watch = (0, 0.0)
         recent = recent[-49:] + [loss]
+        if 9 <= step - watch[0] < 50 and (mean := statistics.fmean(recent[-10:])) > watch[1]:
+            say(f'step {step}: loss {mean:.3f} after the change of optimizer is above '
+                f'{watch[1]:.3f}, 4 deviations over the 50 steps before: look at lr, weight decay')
+            watch = (-50, 0.0)
         step += 1
         phase_ends = step == first + phase['steps']
         if step % eval_interval == 0 or phase_ends:
@@ -368,7 +367,8 @@ def main():
         if rank == 0:
             with open(log_file, 'a') as f:
                 f.write(json.dumps(entry) + '\n')
-        news = f'{phase["name"]}: loss {loss:.4f}, {n / seconds:,.0f} tok/s, lr {entry["lr"]:.2e}'
+        news = (f'{phase["name"]}: loss {loss:.4f}, {entry["tok_per_s"]:,.0f} tok/s, '
+                f'lr {entry["lr"]:.2e}')
         bar.set_postfix_str(news, refresh=False)
         bar.update()
         if bar.disable and (step % log_interval == 0 or phase_ends):

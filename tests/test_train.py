@@ -227,6 +227,8 @@ WRONG = {   # name: (script, arguments from (tmp_path, tiny_run, data_dir), what
     'wrong lr': ('train.py', lambda t, r, d: ['--phases.decay.lr=(1, 2)'], '(start, peak, end)'),
     'empty curriculum': ('train.py', lambda t, r, d: ['--phases=[]'], 'phases'),
     'missing data': ('train.py', lambda t, r, d: [f'--data_dir={t}'], 'python data_prep.py'),
+    'data of another source': ('train.py', lambda t, r, d:
+                               ['--sources.arith=stdlib', f'--data_dir={d}'], '--data_dir=NEW'),
     'other V': ('train.py', lambda t, r, d: ['--vocab_size=1024'], 'vocab_size'),
     'block_size over data': ('train.py', lambda t, r, d: ['--phases.long.block_size=9999999'],
                              'block_size=9999999'),
