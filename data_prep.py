@@ -340,6 +340,18 @@ class Dataset:
         return [(ids[a:b].tolist(), ids[b:c].tolist()) for a, b, c in zip(starts, middles, stops)]
 
 
+def source_args(sources, name):
+    """sources[name], arguments for data_prep.py in a shell's quoting, as a list; [] without it."""
+    source = sources.get(name, '')
+    try:
+        if isinstance(source, str):
+            return shlex.split(source)
+    except ValueError:           # a quote that does not close
+        pass
+    raise ValueError(f'sources.{name}={source!r} should be what follows data_prep.py, in a '
+                     "shell's quoting, like 'stdlib --max_mb=2'")
+
+
 def open_data(data_dir, names, vocab_size, sources=None):
     """{name: Dataset} of data_dir/name for each name; ValueError, in one line, if one is unfit.
 
@@ -361,7 +373,7 @@ def open_data(data_dir, names, vocab_size, sources=None):
         if found != (vocab_size, SHA256):
             raise ValueError(f'{folder}/meta.json has vocab_size={found[0]}, the model {vocab_size}'
                              f' with tokenizer {SHA256[:8]}...: {make} --overwrite')
-        wanted = shlex.split((sources or {}).get(name, ''))
+        wanted = source_args(sources or {}, name)
         if wanted and wanted[0] != made_of:
             raise ValueError(f'{folder} was made from {made_of!r}, not from {wanted[0]!r}: with '
                              '--data_dir=NEW it is made beside this one')
@@ -502,11 +514,11 @@ def prepare_missing(data_dir, names, sources, vocab_size):
     """
     for name in names:
         folder = Path(data_dir, name)
-        args = [*shlex.split(sources.get(name, 'FOLDER')), f'--out_dir={folder}',
+        args = [*(source_args(sources, name) or ['FOLDER']), f'--out_dir={folder}',
                 f'--vocab_size={vocab_size}']
         if not folder.exists():
             command = f'python data_prep.py {shlex.join(args)}'
-            if name not in sources:
+            if not sources.get(name):
                 raise ValueError(f'{folder} is missing: {command}')
             print(f'{folder} is missing, so: {command}', flush=True)
             run = subprocess.run([sys.executable, __file__, *args], check=False)

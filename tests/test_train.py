@@ -229,6 +229,10 @@ WRONG = {   # name: (script, arguments from (tmp_path, tiny_run, data_dir), what
     'missing data': ('train.py', lambda t, r, d: [f'--data_dir={t}'], 'python data_prep.py'),
     'data of another source': ('train.py', lambda t, r, d:
                                ['--sources.arith=stdlib', f'--data_dir={d}'], '--data_dir=NEW'),
+    'source no text': ('train.py', lambda t, r, d:
+                       ['--sources.arith=3', f'--data_dir={d}'], 'sources.arith=3'),
+    'source half quoted': ('train.py', lambda t, r, d:
+                           ['--sources.arith="a b', f'--data_dir={d}'], 'quoting'),
     'other V': ('train.py', lambda t, r, d: ['--vocab_size=1024'], 'vocab_size'),
     'block_size over data': ('train.py', lambda t, r, d: ['--phases.long.block_size=9999999'],
                              'block_size=9999999'),
