@@ -11,6 +11,7 @@ The GEMM peak is the FLOP/s of a bare matrix product, the most the machine gave 
 """
 import importlib.util
 import itertools
+import math
 import multiprocessing
 import re
 import sys
@@ -24,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import replace_file
-from configurator import configure, fail, knob_values
+from configurator import check_range, configure, fail, knob_values
 from model import Xmodel, XmodelConfig, mup_table
 
 variants = 'ours-eager,ours-compiled,granite-eager,granite-compiled'
@@ -139,9 +140,7 @@ def main():
     known = ('ours-eager', 'ours-compiled', 'granite-eager', 'granite-compiled')
     if odd := [name for name in names if name not in known]:
         fail(f'variants: {odd[0]!r} should be one of {", ".join(known)}')
-    for key in ('rounds', 'batch_size', 'block_size', 'n_layer', 'n_embd', 'n_ffn', 'vocab_size'):
-        if globals()[key] < 1:
-            fail(f'{key}={globals()[key]} should be at least 1')
+    check_range(globals(), 1, math.inf, 'rounds', 'batch_size')
     if not Path(json).absolute().parent.is_dir():
         fail(f'json={json}: there is no such folder')
     where = device if device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'

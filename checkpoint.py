@@ -52,13 +52,12 @@ def read_checkpoint(path):
 
     ValueError, in one line, for a missing or foreign file; which cannot run code (weights_only).
     """
-    path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):                 # unlike Path.is_dir, takes anything, as too long a name
         files = checkpoints(path)
         if not files:
             raise ValueError(f'{path} holds no checkpoint (step_N.pt)')
         path = files[-1]
-    if not path.exists():
+    if not os.path.exists(path):
         raise ValueError(f'{path} does not exist; a checkpoint is a file out/RUN/step_N.pt')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
@@ -117,8 +116,11 @@ def changes(old, new, path=''):
     if path == 'phases':
         old, new = ({phase['name']: phase for phase in phases} for phases in (old, new))
     if isinstance(old, dict) and isinstance(new, dict):
-        return [line for key in {**old, **new}
-                for line in changes(old.get(key), new.get(key), f'{path}.{key}' if path else key)]
+        lines = [line for key in {**old, **new}
+                 for line in changes(old.get(key), new.get(key), f'{path}.{key}' if path else key)]
+        if lines or list(old) == list(new) or not (path == 'phases' or path.endswith('.data')):
+            return lines
+        old, new = list(old), list(new)                # the order of phases and of data sets counts
     return [] if old == new else [f'{path}: {old!r} -> {new!r}']
 
 

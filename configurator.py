@@ -13,6 +13,7 @@ which the knob's comment begins, as in `dtype = 'auto'  # 'auto' | 'float32': of
 import ast
 import copy
 import difflib
+import math
 import re
 import reprlib
 import sys
@@ -27,6 +28,14 @@ def fail(message, script=None):
     """End the program for a user's mistake: `SCRIPT.py: message` in one line, exit code 2."""
     print(f'{Path(script or sys.argv[0]).name}:', *str(message).splitlines(), file=sys.stderr)
     sys.exit(2)
+
+
+def check_range(knobs, low, high, *names):
+    """End the program in one line unless low <= knobs[name] < high for each name; NaN is not."""
+    for name in names:
+        if not low <= knobs[name] < high:
+            below = f' and below {high:.3g}' if high < math.inf else ''
+            fail(f'{name}={knobs[name]} should be at least {low}{below}')
 
 
 def assigned(tree):
@@ -108,7 +117,7 @@ def run_config(file, values):
     try:
         tree = ast.parse(Path(file).read_bytes(), file)
         exec(compile(tree, file, 'exec'), space)  # noqa: S102
-    except Exception as e:
+    except (Exception, SystemExit) as e:                         # a config ends no program
         lines = [getattr(e, 'lineno', None) or 1] + [
             at.lineno for at in traceback.extract_tb(e.__traceback__) if at.filename == file]
         raise ValueError(f'line {lines[-1]}: {type(e).__name__}: {getattr(e, "msg", e)}') from e

@@ -17,6 +17,7 @@ decides its split, so equal texts never stand in both. out_dir appears whole or 
 import argparse
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -366,17 +367,19 @@ def open_data(data_dir, names, vocab_size, sources=None):
             found, sft = (meta['vocab_size'], meta['tokenizer_sha256']), meta['sft']
             n_tokens = {split: meta[split]['tokens'] for split in SPLITS}
             made_of = meta['sources'][0]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f'{folder}/meta.json is missing: {make}') from None
-        except (ValueError, KeyError, TypeError):
+        except OSError as e:
+            raise ValueError(f'{folder}/meta.json: {e.strerror}') from None
+        except (ValueError, LookupError, TypeError):
             raise ValueError(f'{folder}/meta.json is damaged: {make} --overwrite') from None
         if found != (vocab_size, SHA256):
             raise ValueError(f'{folder}/meta.json has vocab_size={found[0]}, the model {vocab_size}'
                              f' with tokenizer {SHA256[:8]}...: {make} --overwrite')
         wanted = source_args(sources or {}, name)
-        if wanted and wanted[0] != made_of:
-            raise ValueError(f'{folder} was made from {made_of!r}, not from {wanted[0]!r}: with '
-                             '--data_dir=NEW it is made beside this one')
+        if wanted and made_of not in wanted:
+            raise ValueError(f'{folder} was made from {made_of!r}, not by {shlex.join(wanted)!r}: '
+                             'with --data_dir=NEW it is made beside this one')
         for split in SPLITS:
             for part, dtype in (('', token_dtype(vocab_size)), ('_mask', np.uint8))[:1 + sft]:
                 file = folder / f'{split}{part}.bin'
@@ -436,8 +439,9 @@ def permute(i, n, *key):
 @lru_cache
 def shares(weights):
     """Cumulative shares of the mixture, exact: 0 < ... = 1. weights: ((name, weight), ...)."""
-    exact = [Fraction(str(weight)) for _, weight in weights]
-    if not exact or min(exact) < 0 or not sum(exact):
+    numbers = all(type(w) in (int, float) and 0 <= w < math.inf for _, w in weights)
+    exact = [Fraction(str(w)) for _, w in weights] if numbers else []
+    if not sum(exact):
         raise ValueError(f'weights {dict(weights)} should be numbers from 0 up, not all 0')
     for (name, weight), w in zip(weights, exact):
         if 0 < w < sum(exact) / 1000:

@@ -7,6 +7,7 @@ The arithmetic task takes the held-out problems of the data set `arith` (disjoin
 problems, see data_prep.py), decodes greedily and counts a problem as solved if the number after
 `####` is the answer. The interval is Wilson's, at 95 %.
 """
+import contextlib
 import math
 import re
 
@@ -14,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import load_model
-from configurator import configure, fail
+from configurator import check_range, configure, fail
 from data_prep import get_windows, open_data
 from tokenizer import EOS_ID, get_tokenizer
 
@@ -71,17 +72,18 @@ def wilson(k, n, z=1.96):
     p, d = k / n, 1 + z * z / n
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
     middle = (p + z * z / (2 * n)) / d
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def main():
-    for name, low in (('eval_tokens', 1), ('problems', 0), ('block_size', 1), ('batch_size', 1)):
-        if globals()[name] < low:
-            fail(f'{name}={globals()[name]} should be at least {low}')
+    check_range(globals(), 1, math.inf, 'eval_tokens', 'block_size', 'batch_size')
+    check_range(globals(), 0, math.inf, 'problems')
     try:
         model, about = load_model(checkpoint, torch.device(device))
         tokenizer = get_tokenizer(model.config.vocab_size)
-        names = list(about['knobs']['data'])
+        names = list(about['knobs'].get('data', ()))
+        if not names:
+            fail(f'{about["path"]} names no data sets, as a checkpoint of train.py does')
         data = open_data(data_dir or about['knobs']['data_dir'], names, model.config.vocab_size)
         print(f'{about["path"]}: step {about["step"]}, {about["tokens"]:,} tokens')
         print(f'{"data set":20} {"loss":>8} {"perplexity":>11} {"bits/byte":>10}')
@@ -102,4 +104,5 @@ def main():
 
 if __name__ == '__main__':
     configure(globals(), positional='checkpoint')
-    main()
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
+        main()

@@ -38,9 +38,9 @@ class XmodelConfig:
     mup_rules: str = 'textbook'  # 'textbook' | 'authors' | 'sp', see mup_table
 
     def __post_init__(self):
-        for name in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_ffn', 'vocab_size'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name}={getattr(self, name)} should be at least 1')
+        for name, value in vars(self).items():
+            if name != 'mup_rules' and not 0 < value < math.inf:
+                raise ValueError(f'{name}={value} should be above 0, and finite')
         for part, whole in (('n_head', 'n_embd'), ('n_kv_head', 'n_head')):
             a, b = getattr(self, part), getattr(self, whole)
             if b % a:
@@ -382,7 +382,7 @@ class KVCache:
 
 def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """logits (B, vocab_size) -> ids (B,), of the top_k likeliest and those making up mass top_p."""
-    if temperature == 0:
+    if min(temperature, top_p) < 1e-6:                # in fp32 a division by it would overflow
         return logits.argmax(-1)
     logits, ids = (logits / temperature).sort(descending=True)     # (B, vocab_size) each
     if top_k:

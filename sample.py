@@ -9,13 +9,14 @@ keys and values, so a new token costs one pass over one position, not over the w
 """
 import codecs
 import contextlib
+import math
 import sys
 import time
 
 import torch
 
 from checkpoint import load_model
-from configurator import configure, fail
+from configurator import check_range, configure, fail
 from tokenizer import EOS_ID, get_tokenizer
 
 checkpoint = 'out/proxy20m'   # a step_N.pt, or a run's folder: its newest checkpoint
@@ -46,12 +47,13 @@ def main():
     text = sys.stdin.read() if prompt == '-' else prompt
     if not text:
         fail('the prompt is empty; give some text to continue')
-    for name, low in (('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0), ('top_k', 0)):
-        if globals()[name] < low:
-            fail(f'{name}={globals()[name]} should be at least {low}')
+    check_range(globals(), 1, math.inf, 'num_samples', 'max_new_tokens')
+    check_range(globals(), 0, math.inf, 'temperature', 'top_k')
+    check_range(globals(), 0, 2**63, 'seed')
     if not 0 < top_p <= 1:
         fail(f'top_p={top_p} should be above 0 and at most 1')
     try:
+        generator = torch.Generator(device).manual_seed(seed)
         model, _ = load_model(checkpoint, torch.device(device))
         tokenizer = get_tokenizer(model.config.vocab_size)
     except ValueError as e:
@@ -59,7 +61,6 @@ def main():
     except (RuntimeError, AssertionError) as e:
         fail(f'device={device!r} cannot be used here: {str(e).splitlines()[0][:120]}')
     ids = tokenizer.encode_ordinary(text)
-    generator = torch.Generator(device).manual_seed(seed)
     for i in range(num_samples):
         if i:
             print('-' * 80)

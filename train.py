@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoint import begin_folder, changes, checkpoints, prune, read_checkpoint, replace_file
-from configurator import configure, fail, knob_values
+from configurator import check_range, configure, fail, knob_values
 from data_prep import get_batch, get_windows, open_data, prepare_missing, windows_before
 from model import Xmodel, XmodelConfig
 from muon import make_optimizers
@@ -112,19 +112,16 @@ def lr_at(step):
     i, warmup = step - first, phase['warmup']
     r = (i - warmup) / max(1, phase['steps'] - warmup)
     left = {'constant': 1, 'linear': 1 - r, 'exponential': 2 * 0.5**r - 1}[phase['decay']]
-    lrs = []
-    for knob, key in ((learning_rate, 'lr'), (embedding_lr, 'embedding_lr')):
-        start, peak, end = phase[key]
-        lrs.append(knob * (start + (peak - start) * i / warmup if i < warmup
-                           else end + left * (peak - end)))
-    return tuple(lrs)
+    return tuple(knob * (start + (peak - start) * i / warmup if i < warmup
+                         else end + left * (peak - end))
+                 for knob, (start, peak, end) in ((learning_rate, phase['lr']),
+                                                  (embedding_lr, phase['embedding_lr'])))
 
 
 def check_phases():
     """Fill in what phases may leave out and scale their steps; refuse in one line what is wrong."""
-    for name in ('log_interval', 'eval_interval', 'eval_rows', 'checkpoint_interval'):
-        if globals()[name] < 1:
-            fail(f'{name}={globals()[name]} should be at least 1')
+    if wrong := [phase for phase in phases if not isinstance(phase, dict)]:
+        fail(f'phases: {wrong[0]!r} should be a dict, like those in config/proxy20m.py')
     names = [phase.get('name') for phase in phases]
     lowest = {'steps': 0, 'batch': 1, 'block_size': 1, 'warmup': 0}
     choices = {'optimizer': ('adamw', 'muon'), 'decay': ('constant', 'linear', 'exponential')}
@@ -140,8 +137,8 @@ def check_phases():
                 right = f'an integer of at least {lowest[key]}'
             elif key in choices and value not in choices[key]:
                 right = f'one of {", ".join(choices[key])}'
-            elif key in lrs and not (isinstance(value, tuple) and len(value) == 3
-                                     and all(type(v) in (int, float) and v >= 0 for v in value)):
+            elif key in lrs and not (isinstance(value, tuple) and len(value) == 3 and all(
+                    type(v) in (int, float) and 0 <= v < math.inf for v in value)):
                 right = '(start, peak, end) in units of the learning rate'
             elif key == 'data' and not (isinstance(value, dict) and value):
                 right = '{data set: weight}'
@@ -181,6 +178,11 @@ def evaluate(model, data, phase, rows, device, autocast):
 
 def main():
     knobs = copy.deepcopy(knob_values(globals()))
+    check_range(globals(), 1, 2**63, 'log_interval', 'eval_interval', 'eval_rows',
+                'checkpoint_interval', 'micro_batch_tokens')
+    check_range(globals(), 0, 2**63, 'seed', 'steps_scale', 'learning_rate', 'embedding_lr',
+                'weight_decay', 'grad_clip', 'keep')
+    check_range(globals(), 0, 1, 'beta1', 'beta2', 'momentum')
     check_phases()
     total = sum(phase['steps'] for phase in phases)
     # torchrun sets these; every rank computes its share of the rows of every batch
@@ -192,9 +194,9 @@ def main():
     # --- device and dtype: bf16 matmuls where the hardware has them, fp32 weights everywhere ---
     where = device if device != 'auto' else 'cuda' if torch.cuda.is_available() else \
         'mps' if torch.backends.mps.is_available() else 'cpu'
-    if where == 'cuda' and world > 1:
-        where = f'cuda:{os.environ["LOCAL_RANK"]}'
     try:
+        if where == 'cuda' and world > 1:
+            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
         where = torch.zeros(1, device=where).device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         fail(f'device={device!r} cannot be used here: {str(e).splitlines()[0][:120]}')
@@ -202,8 +204,6 @@ def main():
         where.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = has_bf16 if dtype == 'auto' else dtype == 'bfloat16'
     autocast = torch.autocast(where.type, torch.bfloat16) if bf16 else nullcontext()
-    if where.type == 'cuda':
-        torch.cuda.set_device(where)
     if world > 1:
         dist.init_process_group('nccl' if where.type == 'cuda' else 'gloo')
 
@@ -360,9 +360,8 @@ def main():
         step += 1
         phase_ends = step == first + phase['steps']
         if step % eval_interval == 0 or phase_ends:
-            val = evaluate(model, data, phase, rows, where, autocast)
-            mixed = sum(weight * val[name] for name, weight in phase['data'].items())
-            entry['val_loss'], entry['val_losses'] = mixed / sum(phase['data'].values()), val
+            entry['val_losses'] = val = evaluate(model, data, phase, rows, where, autocast)
+            entry['val_loss'] = statistics.fmean(val.values(), phase['data'].values())
             say(f'step {step}: validation loss' + ','.join(f' {k} {v:.4f}' for k, v in val.items()))
         if rank == 0:
             with open(log_file, 'a') as f:

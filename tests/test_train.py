@@ -80,6 +80,7 @@ def test_resume_refuses_another_run_and_tells_of_harmless_changes(tiny_run, tiny
     before = (folder / 'log.jsonl').read_text()
     for flag, told in (('--learning_rate=0.02', 'learning_rate: 0.01 -> 0.02'),
                        ('--phases.decay.data.stdlib=0.5', 'phases.decay.data.stdlib: 0.4 -> 0.5'),
+                       ('--phases.decay.data={"stdlib": 0.4, "arith": 0.6}', 'decay.data: ['),
                        ('--seed=1', 'seed: 1337 -> 1'), ('--n_embd=64', 'n_embd: 32 -> 64')):
         line = refused(run('train.py', *tiny, f'--out_dir={folder}', '--resume', flag))
         assert told in line
@@ -208,6 +209,17 @@ def wrong_checkpoint(path):
     return path
 
 
+def exiting_config(path):
+    path.write_text('import sys\nsys.exit(3)\n')
+    return path
+
+
+def bare_weights(tiny_run, path):
+    """A checkpoint that says nothing of the data."""
+    torch.save(torch.load(tiny_run / 'step_20.pt', weights_only=True) | {'knobs': {}}, path)
+    return path
+
+
 def other_meta(data_dir, path, text=None, **changes):
     """A copy of the data whose arith/meta.json is changed."""
     shutil.copytree(data_dir, path)
@@ -225,6 +237,15 @@ WRONG = {   # name: (script, arguments from (tmp_path, tiny_run, data_dir), what
     'unknown phase': ('train.py', lambda t, r, d: ['--phases.decai.steps=1'], "'decay'"),
     'wrong phase': ('train.py', lambda t, r, d: ['--phases.decay.optimizer=sgd'], 'adamw, muon'),
     'wrong lr': ('train.py', lambda t, r, d: ['--phases.decay.lr=(1, 2)'], '(start, peak, end)'),
+    'a phase that is none': ('train.py', lambda t, r, d: ['--phases=[1]'], 'should be a dict'),
+    'weight as text': ('train.py', lambda t, r, d:
+                       ['--phases.decay.data={"stdlib": "much"}', f'--data_dir={d}'], "'much'"),
+    'a config that exits': ('train.py', lambda t, r, d: [exiting_config(t / 'c.py')], 'SystemExit'),
+    'norm_eps': ('train.py', lambda t, r, d: ['--norm_eps=-1.0'], 'norm_eps=-1.0'),
+    'keep': ('train.py', lambda t, r, d: ['--keep=-3'], 'keep=-3'),
+    'beta1': ('train.py', lambda t, r, d: ['--beta1=2.0'], 'beta1=2.0'),
+    'nan': ('train.py', lambda t, r, d: ['--learning_rate=float("nan")'], 'learning_rate'),
+    'seed': ('train.py', lambda t, r, d: [f'--seed={2**70}'], 'seed='),
     'empty curriculum': ('train.py', lambda t, r, d: ['--phases=[]'], 'phases'),
     'missing data': ('train.py', lambda t, r, d: [f'--data_dir={t}'], 'python data_prep.py'),
     'data of another source': ('train.py', lambda t, r, d:
@@ -253,8 +274,14 @@ WRONG = {   # name: (script, arguments from (tmp_path, tiny_run, data_dir), what
                        [f'--data_dir={other_meta(d, t / "d", val={"tokens": 7})}'], '.bin'),
     'empty prompt': ('sample.py', lambda t, r, d: [r, '--prompt='], 'prompt'),
     'top_p': ('sample.py', lambda t, r, d: [r, '--top_p=0.0'], 'top_p'),
+    'sample device': ('sample.py', lambda t, r, d: [r, '--device=meta'], 'meta'),
+    'sample seed': ('sample.py', lambda t, r, d: [r, '--seed=-1'], 'seed=-1'),
+    'long name': ('sample.py', lambda t, r, d: ['x' * 300], 'does not exist'),
     'no run to sample': ('sample.py', lambda t, r, d: [t / 'none'], 'none'),
     'no run to score': ('eval.py', lambda t, r, d: [t], 'no checkpoint'),
+    'weights alone': ('eval.py', lambda t, r, d: [bare_weights(r, t / 'w.pt')], 'no data sets'),
+    'data in a file': ('eval.py', lambda t, r, d: [r, f'--data_dir={wrong_checkpoint(t / "f")}'],
+                       'meta.json'),
     'data gone': ('eval.py', lambda t, r, d: [r, f'--data_dir={t}'], 'meta.json'),
     'no source': ('data_prep.py', lambda t, r, d: [t / 'none'], 'none'),
     'V too small': ('data_prep.py', lambda t, r, d: ['arith', '--vocab_size=100',
