@@ -7,6 +7,7 @@ cannot bring code along.
     python checkpoint.py out/RUN                   # what is in the newest checkpoint of a run
 """
 import json
+import math
 import os
 import re
 import shutil
@@ -16,11 +17,12 @@ from pathlib import Path
 
 import torch
 
+from configurator import fail
 from model import Xmodel, XmodelConfig
 
 # what a file of bare weights, {'config': ..., 'model': ...}, is taken to hold besides
-BARE = {'knobs': {}, 'step': 0, 'tokens': 0, 'recent': [], 'watch': (-50, 0.0), 'optimizer': None,
-        'optimizer_states': []}
+BARE = {'knobs': {}, 'step': 0, 'tokens': 0, 'recent': [], 'watch': (-50, 0.0), 'parted': False,
+        'optimizer': None, 'optimizer_states': []}
 
 
 def replace_file(path, write):
@@ -87,6 +89,21 @@ def prune(run, keep, ends):
     passing = [f for f in checkpoints(run) if int(f.stem[5:]) not in ends]
     for file in passing[:max(0, len(passing) - keep)]:
         file.unlink()
+
+
+def read_log(run):
+    """The lines of run/log.jsonl, a dict each, without those where the loss is not finite."""
+    log, entries, n = Path(run, 'log.jsonl'), [], 1
+    try:
+        for n, line in enumerate(log.read_text(encoding='utf-8').splitlines(), 1):
+            entry = json.loads(line)
+            if math.isfinite(entry['loss'] + entry['lr'] + entry['tokens']) and entry['phase']:
+                entries.append(entry)
+    except OSError as e:
+        fail(f'{log}: {e.strerror}; give the folder of a run, as train.py writes it')
+    except (ValueError, KeyError, TypeError):
+        fail(f'{log}: line {n} is no line of a training log')
+    return entries or fail(f'{log} holds no step yet')
 
 
 def begin_folder(run, step, about):

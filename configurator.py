@@ -13,6 +13,7 @@ which the knob's comment begins, as in `dtype = 'auto'  # 'auto' | 'float32': of
 import ast
 import copy
 import difflib
+import keyword
 import math
 import re
 import reprlib
@@ -152,6 +153,7 @@ def configure(knobs, argv=None, default=None, positional=None):
                 values[positional], positional = convert(at, values[positional]), None
                 continue
             key, given, text = at[2:].partition('=')
+            key += '_' * keyword.iskeyword(key)                  # --break sets the knob break_
             if at[:2] != '--':
                 raise ValueError('should be --key=value or a config file (.py)')
             at += '' if given else ' (without =VALUE)'

@@ -36,10 +36,12 @@ class XmodelConfig:
     residual_scale: float = 1.4
     init_std: float = 0.1
     mup_rules: str = 'textbook'  # 'textbook' | 'authors' | 'sp', see mup_table
+    mup_break: str = ''          # one rule of µP to break, to see what it is for: see mup_table
+    muon_lr_scaling: str = '1/sqrt(m)'  # '1/m' | '1/sqrt(m)' | 'const': Muon's lr across widths
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if name != 'mup_rules' and not 0 < value < math.inf:
+            if not isinstance(value, str) and not 0 < value < math.inf:
                 raise ValueError(f'{name}={value} should be above 0, and finite')
         for part, whole in (('n_head', 'n_embd'), ('n_kv_head', 'n_head')):
             a, b = getattr(self, part), getattr(self, whole)
@@ -50,6 +52,7 @@ class XmodelConfig:
             raise ValueError(f'head size n_embd / n_head = {self.hd} is odd; RoPE rotates pairs')
         if self.mup_rules not in ('textbook', 'authors', 'sp'):
             raise ValueError(f"mup_rules={self.mup_rules!r} is not 'textbook', 'authors' or 'sp'")
+        mup_table(self)                                            # refuses what it does not know
 
 
 # --------------------------------------------------------------------------------------------------
@@ -60,7 +63,8 @@ class Rule(NamedTuple):
     init_std: float | None       # std of the normal init (a gain starts at exactly 1)
     multiplier: float            # factor in the forward pass
     lr_knob: str | None          # which learning rate it follows: 'learning_rate' or 'embedding_lr'
-    lr_mult: float | None        # factor on that learning rate
+    lr_mult: float | None        # factor on that learning rate, under AdamW
+    muon_lr_mult: float | None   # the same where Muon has taken over
     weight_decay: bool | None
 
 
@@ -70,41 +74,58 @@ def mup_table(c):
     Why: Adam moves every weight by about lr. A matrix sums over the width: independent terms at
     init (so std 1/sqrt(m)), aligned ones in an update (so lr 1/m). An embedding row is looked up
     alone: nothing scales. q·k and the logits sum what comes to be aligned: 1/hd and 1/m, no root.
+    Muon's update has a spectral norm of 0.2 lr sqrt(max(rows, cols)), so activations move by
+    lr sqrt(m): its lr goes as 1/sqrt(m) (`python coord_check.py --optimizer=muon`).
 
     'textbook' is Tensor Programs V, table 8 (Adam), with the embedding tied to the output. Of depth
     it has 1/sqrt(L) on residual branches, as in Tensor Programs VI (arXiv 2310.02244), and GPT-2's
-    1/sqrt(2 L) in the init of what they put out. 'authors' is Xmodel-2.5's released code, which
-    deviates twice: branch outputs start at a std that does not shrink with width, and norm gains
-    share the matrices' learning rate. At the base width (m = 1) both are the same. 'sp' is standard
-    parametrisation, with nanoGPT's init.
+    1/sqrt(2 L) in the init of what they put out. 'authors' is Xmodel-2.5's released code: two of
+    the textbook's rules broken, which changes nothing at the base width (m = 1). 'sp' is standard
+    parametrisation, with nanoGPT's init. mup_break breaks one rule more, named in `broken`.
     """
     m = c.n_embd / c.mup_base_width                     # width multiplier, 6 for the 1.3B model
-    L, std = c.n_layer, c.init_std
+    L, std, lr, emb = c.n_layer, c.init_std, 'learning_rate', 'embedding_lr'
     branch = c.residual_scale / math.sqrt(L)
-    lr, emb = 'learning_rate', 'embedding_lr'
+    muon = {'1/m': 1 / m, '1/sqrt(m)': 1 / math.sqrt(m), 'const': 1}.get(c.muon_lr_scaling)
     textbook = {
-        #                  init std                  multiplier          learning rate   decay
-        'embedding':  Rule(std,                      c.input_scale,      emb,  1,        True),
-        'matrix':     Rule(std / math.sqrt(m),       None,               lr,   1 / m,    True),
-        'branch_out': Rule(std / math.sqrt(2*L * m), branch,             lr,   1 / m,    True),
-        'gain':       Rule(None,                     None,               lr,   1,        False),
-        'attention':  Rule(None,                     1 / c.hd,           None, None,     None),
-        'logits':     Rule(None,                     c.output_scale / m, None, None,     None),
+        #                  init std                  multiplier          learning rate     decay
+        'embedding':  Rule(std,                      c.input_scale,      emb,  1,   None,  True),
+        'matrix':     Rule(std / math.sqrt(m),       None,               lr, 1 / m, muon,  True),
+        'branch_out': Rule(std / math.sqrt(2*L * m), branch,             lr, 1 / m, muon,  True),
+        'gain':       Rule(None,                     None,               lr,   1,   None,  False),
+        'attention':  Rule(None,                     1 / c.hd,           None, None, None, None),
+        'logits':     Rule(None,                     c.output_scale / m, None, None, None, None),
     }
-    authors = textbook | {
-        'branch_out': Rule(std / math.sqrt(2*L),     branch,             lr,   1 / m,    True),
-        'gain':       Rule(None,                     None,               lr,   1 / m,    False),
+    broken = {
+        'init_out':       {'branch_out': {'init_std': std / math.sqrt(2*L)}},
+        'gain_lr':        {'gain': {'lr_mult': 1 / m}},
+        'lr_hidden':      {'matrix': {'lr_mult': 1}, 'branch_out': {'lr_mult': 1}},
+        'embedding_lr':   {'embedding': {'lr_mult': 1 / m}},
+        'logits':         {'logits': {'multiplier': c.output_scale}},
+        'attn_scale':     {'attention': {'multiplier': 1 / math.sqrt(c.hd)}},
+        'attn_const':     {'attention': {'multiplier': 1 / math.sqrt(64)}},
+        'residual_depth': {'branch_out': {'multiplier': c.residual_scale}},
     }
     std = std / 5                                       # 0.02 where µP has its default, 0.1
     sp = {
-        'embedding':  Rule(std,                      1,                  lr,   1,        True),
-        'matrix':     Rule(std,                      None,               lr,   1,        True),
-        'branch_out': Rule(std / math.sqrt(2*L),     1,                  lr,   1,        True),
-        'gain':       Rule(None,                     None,               lr,   1,        False),
-        'attention':  Rule(None,                     1 / math.sqrt(c.hd), None, None,     None),
-        'logits':     Rule(None,                     c.output_scale,     None, None,     None),
+        'embedding':  Rule(std,                      1,                  lr,   1,   None,  True),
+        'matrix':     Rule(std,                      None,               lr,   1,   1,     True),
+        'branch_out': Rule(std / math.sqrt(2*L),     1,                  lr,   1,   1,     True),
+        'gain':       Rule(None,                     None,               lr,   1,   None,  False),
+        'attention':  Rule(None,                     1 / math.sqrt(c.hd), None, None, None, None),
+        'logits':     Rule(None,                     c.output_scale,     None, None, None, None),
     }
-    return {'textbook': textbook, 'authors': authors, 'sp': sp}[c.mup_rules]
+    if muon is None:
+        raise ValueError(f"muon_lr_scaling={c.muon_lr_scaling!r} is not '1/m', '1/sqrt(m)' or "
+                         "'const'")
+    if c.mup_break and (c.mup_break not in broken or c.mup_rules == 'sp'):
+        raise ValueError(f"mup_break={c.mup_break!r} should be a rule of µP, one of "
+                         f"{', '.join(broken)}; mup_rules='sp' has none")
+    table = sp if c.mup_rules == 'sp' else textbook
+    for rule in (*(('init_out', 'gain_lr') if c.mup_rules == 'authors' else ()), c.mup_break):
+        for role, changed in broken.get(rule, {}).items():
+            table[role] = table[role]._replace(**changed)
+    return table
 
 
 def role_of(name):
@@ -257,11 +278,11 @@ class Xmodel(nn.Module):
         return f'compiled loss {compiled:.4f}, eager {eager:.4f}{trouble}: going on in eager mode'
 
     def param_groups(self, weight_decay=0.1):
-        """Optimizer groups, by role: {params, role, parts, lr_knob, lr_mult, weight_decay}.
+        """Optimizer groups, by role: {params, role, parts, lr_knob, lr_mult, muon_lr_mult, ...}.
 
-        A group's learning rate is the knob `lr_knob` times `lr_mult`; its decoupled decay a step is
-        that times `weight_decay`, so it falls as 1/m on matrices, too. parts: rows of each matrix
-        that the group's weights fuse, or None.
+        A group's learning rate is the knob `lr_knob` times `lr_mult` (or `muon_lr_mult`); its
+        decoupled decay a step is that times `weight_decay`, so it falls with width on matrices,
+        too. parts: rows of each matrix that the group's weights fuse, or None.
         """
         groups = {}
         for name, p in self.named_parameters():
@@ -269,6 +290,7 @@ class Xmodel(nn.Module):
             groups.setdefault((role_of(name), parts), []).append(p)
         return [{'params': params, 'role': role, 'parts': parts,
                  'lr_knob': self.table[role].lr_knob, 'lr_mult': self.table[role].lr_mult,
+                 'muon_lr_mult': self.table[role].muon_lr_mult,
                  'weight_decay': weight_decay if self.table[role].weight_decay else 0.0}
                 for (role, parts), params in groups.items()]
 

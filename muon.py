@@ -38,8 +38,9 @@ class Muon(torch.optim.Optimizer):
 
     U Vᵀ of a rows × cols matrix has RMS 1 / sqrt(max(rows, cols)); the factor brings every update
     to RMS 0.2, about AdamW's, so lr and decay carry over at one width (Moonlight, arXiv 2502.16982,
-    eq. 4). Across widths, activations then move as lr sqrt(width), which asks for lr 1/sqrt(m); but
-    Xmodel-2.5's decay uses µP's 1/m, Adam's rule, and so does model.mup_table.
+    eq. 4). Across widths the update's spectral norm, and with it what activations move by, then
+    grows as lr sqrt(width), which asks for lr 1/sqrt(m) (`muon_lr_mult` in model.mup_table).
+    Xmodel-2.5's own decay used 1/m, Adam's rule; its searches with Muon alone, 1/sqrt(m).
     Weights of one shape are stacked and orthogonalised together. A fused weight (qkv, gate-up) is
     one matrix, as in Xmodel-2.5's code; split=True takes its group's `parts` (rows, ...) singly.
     """
@@ -85,9 +86,19 @@ def make_optimizers(kind, groups, betas=(0.9, 0.95), momentum=0.95, split=False)
         return torch.optim.AdamW(groups, betas=betas, eps=1e-8, fused=True)
     if kind == 'adamw':
         return [adamw(groups)]
-    matrices = [g for g in groups if g['role'] in ('matrix', 'branch_out')]
+    matrices = [g | {'lr_mult': g['muon_lr_mult']} for g in groups
+                if g['role'] in ('matrix', 'branch_out')]
     rest = [g for g in groups if g['role'] not in ('matrix', 'branch_out')]
     return [Muon(matrices, momentum=momentum, split=split), adamw(rest)]
+
+
+def step_all(optimizers, lrs):
+    """Step with lrs {knob: learning rate} times µP's factor for each group; clear the gradients."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group['lr'] = lrs[group['lr_knob']] * group['lr_mult']
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 if __name__ == '__main__':

@@ -4,14 +4,13 @@
     python plot.py out/proxy20m                          # writes out/proxy20m/loss.png
     python plot.py out/adamw out/muon --png=decay.png    # each run in a colour of its own
 """
-import json
-import math
 import sys
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
+from checkpoint import read_log
 from configurator import configure, fail
 
 png = ''                      # file to write; '': loss.png in the first run's folder
@@ -19,21 +18,6 @@ png = ''                      # file to write; '': loss.png in the first run's f
 # Okabe and Ito's colours, which the colour-blind tell apart, without the yellow that paper swallows
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 MARKERS = 'osD^v'
-
-
-def read_log(run):
-    """The lines of run/log.jsonl, a dict each, without those where the loss is not finite."""
-    log, entries, n = Path(run, 'log.jsonl'), [], 1
-    try:
-        for n, line in enumerate(log.read_text(encoding='utf-8').splitlines(), 1):
-            entry = json.loads(line)
-            if math.isfinite(entry['loss'] + entry['lr'] + entry['tokens']) and entry['phase']:
-                entries.append(entry)
-    except OSError as e:
-        fail(f'{log}: {e.strerror}; give the folder of a run, as train.py writes it')
-    except (ValueError, KeyError, TypeError):
-        fail(f'{log}: line {n} is no line of a training log')
-    return entries or fail(f'{log} holds no step yet')
 
 
 def plot_loss(runs, png):

@@ -27,11 +27,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import begin_folder, changes, checkpoints, prune, read_checkpoint, replace_file
+from checkpoint import begin_folder, changes, checkpoints, prune, read_checkpoint
+from checkpoint import read_log, replace_file
 from configurator import check_range, configure, fail, knob_values
 from data_prep import get_batch, get_windows, open_data, prepare_missing, windows_before
 from model import Xmodel, XmodelConfig
-from muon import make_optimizers
+from muon import make_optimizers, step_all
 
 # --- run ---
 out_dir = 'out/run'           # folder of this run; never overwrites another's
@@ -61,6 +62,8 @@ output_scale = 1.0
 residual_scale = 1.4
 init_std = 0.1
 mup_rules = 'textbook'        # 'textbook' | 'authors' | 'sp': column of the table in model.py
+mup_break = ''                # one rule of µP to break, by its name in that table
+muon_lr_scaling = '1/sqrt(m)'  # '1/m' | '1/sqrt(m)' | 'const': Muon's learning rate across widths
 # --- curriculum: a list of phases, each a dict like those in config/proxy20m.py ---
 phases = []                   # keys: see check_phases
 steps_scale = 1.0             # multiplies every phase's steps and warmup, to try a run in small
@@ -80,11 +83,13 @@ eval_interval = 100           # steps between validations; each phase's end has 
 eval_rows = 16                # rows of each validation set
 checkpoint_interval = 100     # steps between checkpoints; each phase's end has one as well
 keep = 2                      # checkpoints to keep besides those of phase ends
+reference = ''                # another run's folder, as the proxy's: says where losses part from it
+reference_margin = 0.2        # nats by which the losses must differ for that
 
 # knobs that --resume lets change, since they do not decide what is learned; all others it refuses
 FREE = {'out_dir', 'resume', 'init_from', 'init_step', 'device', 'dtype', 'compile', 'data_dir',
         'sources', 'micro_batch_tokens', 'log_interval', 'eval_interval', 'eval_rows',
-        'checkpoint_interval', 'keep'}
+        'checkpoint_interval', 'keep', 'reference', 'reference_margin'}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -176,12 +181,31 @@ def evaluate(model, data, phase, rows, device, autocast):
     return losses
 
 
+def part_ways(proxy, tokens, span, recent, parted):
+    """What to say if the losses now leave the log `proxy` by reference_margin, or now come back.
+
+    Compares the last 50 losses with the proxy's over the last `span` tokens. Under µP a wider model
+    follows its proxy's curve, a little below.
+    """
+    there = [e['loss'] for e in proxy if tokens - span < e['tokens'] <= tokens]
+    if len(recent) < 50 or not there:
+        return ''
+    gap = statistics.fmean(recent) - statistics.fmean(there)
+    if (abs(gap) > reference_margin) == parted:
+        return ''
+    news = f'loss is {abs(gap):.3f} {"below" if gap < 0 else "above"} that of {reference}'
+    if parted:
+        return news + ', near it again'
+    return news + (': wider is better, if the data are the same' if gap < 0 else
+                   ": look at µP's attention scale, embedding lr, matrices' lr (coord_check.py)")
+
+
 def main():
     knobs = copy.deepcopy(knob_values(globals()))
     check_range(globals(), 1, 2**63, 'log_interval', 'eval_interval', 'eval_rows',
                 'checkpoint_interval', 'micro_batch_tokens')
     check_range(globals(), 0, 2**63, 'seed', 'steps_scale', 'learning_rate', 'embedding_lr',
-                'weight_decay', 'grad_clip', 'keep')
+                'weight_decay', 'grad_clip', 'keep', 'reference_margin')
     check_range(globals(), 0, 1, 'beta1', 'beta2', 'momentum')
     check_phases()
     total = sum(phase['steps'] for phase in phases)
@@ -234,9 +258,10 @@ def main():
     model = Xmodel(config).to(where)
     step, tokens, kind, optimizers = 0, 0, None, None            # kind: 'adamw' or 'muon'
     recent, watch = [], (-50, 0.0)          # last losses; (change of optimizer, limit after it)
+    proxy, parted = read_log(reference) if reference else [], False          # parted: too far off
     if start:
         for line in changes(asdict(start['config']), asdict(config)):
-            if not line.startswith('block_size'):
+            if not line.startswith(('block_size', 'muon_lr_scaling')):
                 fail(f'{start["path"]} holds another model than this config: {line}')
         for line in changes(start['knobs'], knobs) if resuming else ():
             if line.split(':')[0].split('.')[0] not in FREE:
@@ -247,7 +272,7 @@ def main():
         step = start['step'] if resuming or init_step < 0 else init_step
         if step == start['step']:
             tokens, kind = start['tokens'], start['optimizer']
-            recent, watch = start['recent'], start['watch']
+            recent, watch, parted = start['recent'], start['watch'], start['parted']
         if step >= total:
             fail(f'{start["path"]} is at step {step} of {total}: nothing is left to do'
                  + (' (--init_step=0 starts anew with its weights)' if not resuming else ''))
@@ -330,13 +355,8 @@ def main():
             dist.all_reduce(loss)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
 
-        # --- step: learning rate times µP's factor for each group ---
         lrs = dict(zip(('learning_rate', 'embedding_lr'), lr_at(step)))
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group['lr'] = lrs[group['lr_knob']] * group['lr_mult']
-            optimizer.step()
-            optimizer.zero_grad()
+        step_all(optimizers, lrs)
         loss, seconds = loss.item(), time.time() - began
 
         # --- log ---
@@ -357,6 +377,9 @@ def main():
             say(f'step {step}: loss {mean:.3f} after the change of optimizer is above '
                 f'{watch[1]:.3f}, 4 deviations over the 50 steps before: look at lr, weight decay')
             watch = (-50, 0.0)
+        if proxy and (news := part_ways(proxy, tokens, 50 * step_tokens, recent, parted)):
+            parted, entry['note'] = not parted, '; '.join(filter(None, (entry.get('note'), news)))
+            say(f'step {step}: {news}')
         step += 1
         phase_ends = step == first + phase['steps']
         if step % eval_interval == 0 or phase_ends:
@@ -379,8 +402,9 @@ def main():
         # --- checkpoint ---
         if rank == 0 and (step % checkpoint_interval == 0 or phase_ends):
             state = {'model': model.state_dict(), 'config': asdict(config), 'step': step,
-                     'tokens': tokens, 'recent': recent, 'watch': watch, 'knobs': knobs,
-                     'optimizer': kind, 'optimizer_states': [o.state_dict() for o in optimizers]}
+                     'tokens': tokens, 'recent': recent, 'watch': watch, 'parted': parted,
+                     'knobs': knobs, 'optimizer': kind,
+                     'optimizer_states': [o.state_dict() for o in optimizers]}
             replace_file(run / f'step_{step}.pt', lambda f: torch.save(state, f))  # noqa: B023
             prune(run, keep, ends)
     bar.close()

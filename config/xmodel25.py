@@ -15,6 +15,7 @@ n_embd = 1536
 n_ffn = 3840
 vocab_size = 129_280
 mup_rules = 'authors'                   # with the released code's two deviations from the textbook
+muon_lr_scaling = '1/m'                 # the authors' own
 
 _stable = {
     'ultrafineweb-en': 0.41, 'ultrafineweb-zh': 0.20, 'starcoder': 0.26, 'books': 0.01,

@@ -122,7 +122,7 @@ def test_make_optimizers(kind):
             assert group['weight_decay'] == (0.0 if 'norm' in names[0] else 0.1)
             if isinstance(optimizer, Muon):
                 assert group['momentum'] == 0.7 and group['split']
-                assert group['lr_mult'] == 4 and group['lr_knob'] == 'learning_rate'    # m = 0.25
+                assert group['lr_mult'] == 2 and group['lr_knob'] == 'learning_rate'    # m = 1/4
             else:
                 assert group['betas'] == (0.8, 0.9) and group['eps'] == 1e-8
     assert sorted(seen) == sorted(name_of.values())

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import plot
+from checkpoint import read_log
 
 STEP = {'step': 0, 'phase': 'stable', 'tokens': 100, 'loss': 5.0, 'lr': 0.01}
 
@@ -50,7 +51,7 @@ def test_a_loss_that_is_not_finite_is_left_out(tmp_path):
     run = write_run(tmp_path / 'run', n=2)
     with open(run / 'log.jsonl', 'a') as f:
         f.write(json.dumps({**STEP, 'loss': float('nan')}) + '\n')
-    assert len(plot.read_log(run)) == 2
+    assert len(read_log(run)) == 2
 
 
 @pytest.mark.parametrize('log, line', {
@@ -65,7 +66,7 @@ def test_logs_that_cannot_be_drawn(tmp_path, capsys, log, line):
     if log is not None:
         (tmp_path / 'log.jsonl').write_text(log)
     with pytest.raises(SystemExit) as e:
-        plot.read_log(tmp_path)
+        read_log(tmp_path)
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.count('\n') == 1
     assert f'{tmp_path}/log.jsonl' in err and line in err

@@ -1,0 +1,28 @@
+"""A small model of the recipe's shape for sweep.py, which sets its width, depth and learning rates.
+
+    python sweep.py transfer
+
+Sizes as in the paper's grids: few layers, heads of 64 with one of keys and values, FFN 2.5 x width.
+The learning rate is compared where it matters most, in the stable phase; decay is for Muon's.
+"""
+out_dir = 'out/transfer'
+data_dir = 'data/nano'
+sources = {'stdlib': 'stdlib --max_mb=2'}
+
+n_layer = 4
+n_head = 4
+n_kv_head = 1
+n_embd = 256
+n_ffn = 640
+vocab_size = 1024
+
+phases = [
+    {'name': 'stable', 'steps': 250, 'batch': 4, 'block_size': 128, 'data': {'stdlib': 1.0},
+     'optimizer': 'adamw', 'warmup': 25, 'decay': 'constant', 'lr': (0, 1, 1)},
+    {'name': 'decay', 'steps': 100, 'batch': 4, 'block_size': 128, 'data': {'stdlib': 1.0},
+     'optimizer': 'muon', 'decay': 'exponential', 'lr': (0, 1, 1 / 16)},
+]
+compile = False                         # takes longer than a trial
+log_interval = 100
+eval_interval = 1000
+checkpoint_interval = 1000

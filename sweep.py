@@ -1,0 +1,441 @@
+"""Search hyperparameters on a small model, and measure whether they transfer to a larger one.
+
+    python sweep.py transfer                             # lr x width: µP beside standard, an hour
+    python sweep.py transfer --name=depth --depths=2,4,8,16 --rules=textbook,residual_depth
+    python sweep.py transfer --name=muon --optimizer=muon
+    python sweep.py search --config=config/transfer.py --trials=40 --apply=config/xmodel25.py
+    python sweep.py search                               # on the 20M proxy, at the paper's budget
+
+A trial is a run of train.py in a process of its own, and then a line of results/NAME/trials.jsonl.
+A trial that has its line is not run again: a sweep that was stopped, by whatever, goes on where it
+was when the same command is given, and ends in the same table. A trial's loss is the mean training
+loss over the last tenth of its steps: on text not seen before, the same for all trials of a seed.
+"""
+import hashlib
+import itertools
+import json
+import math
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from difflib import unified_diff
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import train
+from checkpoint import checkpoints, read_log, replace_file
+from configurator import check_range, configure, fail, knob_values
+from data_prep import prepare_missing
+from model import Xmodel, XmodelConfig, mup_table
+
+command = ''                  # 'search' or 'transfer'
+name = ''                     # of the folder under results/; '': as the command
+config = ''                   # of the trials; '': config/proxy20m.py, config/transfer.py
+flags = ''                    # more of train.py's flags for every trial, as in a shell
+steps = 0                     # of the first phase; 0: as in config, or in a search as in the paper
+seed = 1337                   # the first
+jobs = 0                      # trials at a time; 0: one a CPU core, one on a GPU
+# --- search: the first phase alone ---
+trials = 100
+sampler = 'auto'              # 'auto' | 'tpe' | 'sobol': auto is tpe where optuna is installed
+apply = ''                    # a config in which to show what the best values become
+# --- transfer: loss on a grid of powers of two, at each width or depth ---
+widths = '64,128,256,512'
+depths = ''                   # such as '2,4,8,16', at the config's width, instead
+grow = 'heads'                # 'heads' | 'head_size': what makes a model wide; heads are of 64
+grid = 'lr'                   # 'lr' | 'embedding_lr' | 'init_std' | 'output_scale'
+exponents = ''                # first and last power of two; '': as in GRIDS
+rules = ''                    # names in model.mup_table; '': 'textbook,sp'
+optimizer = 'adamw'           # 'adamw' | 'muon': muon in the second phase, from one first phase a
+                              # width; rules are then of muon_lr_scaling, '1/m,1/sqrt(m),const'
+seeds = 3                     # at each optimum, its neighbours and what it is compared with
+
+# grid -> train.py's knobs that take the value, default exponents
+GRIDS = {'lr': (('learning_rate', 'embedding_lr'), '-12,-4'),
+         'embedding_lr': (('embedding_lr',), '-12,-4'),
+         'init_std': (('init_std',), '-8,0'),
+         'output_scale': (('output_scale',), '-4,4')}
+
+# knob -> lowest, highest, whether its logarithm is uniform: as in the paper's search
+RANGES = {'learning_rate': (2**-15, 2**-3, True), 'embedding_lr': (2**-15, 2**-3, True),
+          'init_std': (0.001, 0.2, False), 'input_scale': (10.0, 20.0, False),
+          'output_scale': (0.5, 2.0, False), 'residual_scale': (1.0, 8.0, False)}
+
+
+# --------------------------------------------------------------------------------------------------
+# Trials: flags in, lines of trials.jsonl out
+
+def run_trial(trial, running):
+    """Run train.py with the flags `trial`; what became of it, as a dict for its line."""
+    began = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        run = next((flag[10:] for flag in trial if flag.startswith('--out_dir=')), f'{folder}/run')
+        process = subprocess.Popen(
+            [sys.executable, train.__file__, *trial, f'--out_dir={run}'], text=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            env=os.environ | {'OMP_NUM_THREADS': '1'})             # so jobs do not change results
+        running.add(process)
+        error = (process.communicate()[1].strip().splitlines() or [''])[-1]
+        running.discard(process)
+        entry = {'status': 'ok', 'loss': None, 'seconds': round(time.time() - began, 1)}
+        if process.returncode:
+            return entry | {'status': 'nan' if ' has loss ' in error else 'failed',
+                            'error': error or f'train.py ended with {process.returncode}'}
+        losses = [e['loss'] for e in read_log(run)]
+    loss = statistics.fmean(losses[-max(1, len(losses) // 10):])
+    return entry | {'loss': round(loss, 5), 'losses': [round(x, 4) for x in losses]}
+
+
+def read_trials(file):
+    """{(hash of the config, *flags): entry} of a trials.jsonl, without a line cut off by a kill."""
+    found = {}
+    for line in file.read_text(encoding='utf-8').splitlines(True) if file.exists() else ():
+        try:
+            entry = json.loads(line)
+            if entry['status'] in ('ok', 'nan'):                 # one that failed is tried again
+                found[entry['config'], *entry['flags']] = entry
+        except (ValueError, KeyError, TypeError):
+            if line.endswith('\n'):
+                fail(f'{file}: not the line of a trial: {line[:60]!r}')
+    return found
+
+
+def config_hash():
+    return hashlib.sha256(Path(config).read_bytes()).hexdigest()[:12]
+
+
+def run_trials(todo):
+    """Run trials, `jobs` at a time; yield each with its entry as it ends. Stopped, kill the rest"""
+    running, pool = set(), ThreadPoolExecutor(jobs)
+    bar = tqdm(total=len(todo), unit='trial', disable=None)
+    try:
+        futures = {pool.submit(run_trial, trial, running): trial for trial in todo}
+        for future in as_completed(futures):
+            trial, entry = futures[future], future.result()
+            if entry['status'] != 'ok':
+                tqdm.write(f'{entry["status"]}: train.py {shlex.join(trial)}: {entry["error"]}')
+            bar.set_postfix_str(f'loss {entry["loss"]}', refresh=False)
+            bar.update()
+            yield trial, entry
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(running):
+            process.kill()
+        bar.close()
+
+
+def results(file, wanted, starts=()):
+    """The entries of the wanted trials (lists of flags), having run those that have none yet.
+
+    One that another sweep has run is copied from there. starts: {folder: trial} of checkpoints that
+    trials go on from; the trial makes a checkpoint that is missing and needed.
+    """
+    found, sha = read_trials(file), hashlib.sha256(Path(config).read_bytes()).hexdigest()[:12]
+    keys = dict.fromkeys((sha, *trial) for trial in wanted)
+    for other in file.parent.parent.glob('*/trials.jsonl'):
+        found |= {key: entry for key, entry in read_trials(other).items() if key in keys}
+    replace_file(file, lambda f: f.write(
+        ''.join(json.dumps(entry) + '\n' for entry in found.values()).encode()))
+    todo = [key[1:] for key in keys if key not in found]
+    needed = [starts[folder] for folder in starts if not checkpoints(folder)
+              and any(f'--init_from={folder}' in trial for trial in todo)]
+    for trial, entry in run_trials(needed):
+        if entry['status'] != 'ok':
+            fail(f'{shlex.join(trial)}: {entry["error"]}')
+    for trial, entry in run_trials(todo):
+        found[sha, *trial] = {'flags': trial, 'config': sha} | entry
+        with open(file, 'a', encoding='utf-8') as f:
+            f.write(json.dumps(found[sha, *trial]) + '\n')
+    return [found[key] for key in ((sha, *trial) for trial in wanted)]
+
+
+def train_knobs(*argv):
+    """train.py's knobs as these arguments set them; a mistake in them ends the program."""
+    knobs = dict(vars(train))
+    configure(knobs, list(argv))
+    return knob_values(knobs)
+
+
+def model_config(knobs):
+    shape = {key: value for key, value in knobs.items() if key in XmodelConfig.__annotations__}
+    return XmodelConfig(**shape)
+
+
+def first_phase(n_steps):
+    """Flags by which the config's first phase is all there is, of n_steps (0: its own)."""
+    first, *others = train_knobs(config, *shlex.split(flags))['phases']
+    own = [f'--phases.{first["name"]}.steps={n_steps}',
+           f'--phases.{first["name"]}.warmup={n_steps // 10}'] if n_steps else []
+    return own + [f'--phases.{phase["name"]}.steps=0' for phase in others]
+
+
+# --------------------------------------------------------------------------------------------------
+# transfer: the grid, its optima, and what it costs to carry over the smallest model's
+
+def trial_flags(rule, size, exponent, trial_seed):
+    """train.py's flags for a point of the grid; size is a width or, with depths, a depth."""
+    base = [*base_flags(size), f'--seed={trial_seed}']
+    if optimizer == 'muon':
+        return [*base, f'--init_from={stable_folder(size)}', f'--muon_lr_scaling={rule}',
+                f'--learning_rate={2.0**exponent!r}']
+    knob = 'mup_rules' if rule in ('textbook', 'authors', 'sp') else 'mup_break'
+    return [*base, *first_phase(steps), f'--{knob}={rule}',
+            *(f'--{key}={2.0**exponent!r}' for key in GRIDS[grid][0])]
+
+
+def base_flags(size):
+    n_head = max(1, size // 64) if grow == 'heads' else 4
+    shape = [f'--n_layer={size}'] if depths else \
+        [f'--n_embd={size}', f'--n_head={n_head}', f'--n_ffn={5 * size // 2}']
+    return [config, *shlex.split(flags), *shape]
+
+
+def stable_folder(size):
+    return f'out/sweep/{name}/{size}'
+
+
+def summarise(entries, names, sizes):
+    """What the trials say: {(rule, size, exponent, seed): entry} -> a dict for JSON and plot.py.
+
+    A rule's `carried` exponent is the smallest model's best one. A size's `price` is what it loses
+    by that: loss(carried) - loss(own best), in nats, a figure for each seed.
+    """
+    def mean(losses):
+        return statistics.fmean(math.inf if x is None else x for x in losses.values())
+    summary = {}
+    for rule in names:
+        sizes_told = {}
+        for size in sizes:
+            at = {}                                              # exponent -> {seed: loss}
+            for (r, n, e, s), entry in sorted(entries.items()):
+                if (r, n) == (rule, size):
+                    at.setdefault(e, {})[s] = entry['loss']
+            most = max(map(len, at.values()))                    # seeds, as about the optimum
+            best = min((e for e in at if len(at[e]) == most), key=lambda e: mean(at[e]))
+            carried = sizes_told[sizes[0]]['best'] if sizes_told else best
+            runs = [entries[rule, size, carried, s] for s in at[carried]]
+            sizes_told[size] = {
+                'best': best, 'losses': {e: list(losses.values()) for e, losses in at.items()},
+                'price': [None if None in (at[carried][s], at[best][s]) else
+                          round(at[carried][s] - at[best][s], 5) for s in at[carried]
+                          if s in at[best]],
+                'curve': mean_curve([run['losses'] for run in runs if run['loss'] is not None])}
+        summary[rule] = {'carried': sizes_told[sizes[0]]['best'], 'sizes': sizes_told}
+    return summary
+
+
+def mean_curve(runs, window=20):
+    """Losses of several seeds, step by step -> their mean over seeds and `window` steps."""
+    if not runs:
+        return []
+    return [round(x, 4) for x in np.convolve(np.mean(runs, 0), np.ones(window) / window, 'valid')]
+
+
+def print_transfer(summary, axis, warmup):
+    for rule, told in summary.items():
+        grid_points = list(next(iter(told['sizes'].values()))['losses'])
+        print(f'\n{rule}: loss by log2 of {grid}, * the best; price: loss with 2^{told["carried"]}'
+              f' less the best, mean and range over seeds')
+        print(f'{axis:>6}', *(f'{e:>6}' for e in grid_points), '  best  price')
+        curves = []
+        for size, row in told['sizes'].items():
+            cells = []
+            for e in grid_points:
+                ok = [x for x in row['losses'][e] if x is not None]
+                cells.append((f'{statistics.fmean(ok):.3f}' if ok else 'nan')
+                             + ('*' if e == row['best'] else ' '))
+            price = [x for x in row['price'] if x is not None]
+            edge = ', at the edge' if row['best'] in (grid_points[0], grid_points[-1]) else ''
+            print(f'{size:>6}', *(f'{cell:>6}' for cell in cells), f'  2^{row["best"]:<4}'
+                  + (f'{statistics.fmean(price):.4f} ({min(price):.4f} to {max(price):.4f})'
+                     if price else 'diverges') + edge)
+            curves.append(row['curve'][warmup:])
+        better = [np.mean(np.array(b) < np.array(a)) if a and b else 0
+                  for a, b in itertools.pairwise(curves)]
+        print(f'at 2^{told["carried"]}, share of the steps after warmup at which each {axis} has '
+              f'lower loss than the one before: {", ".join(f"{x:.0%}" for x in better)}')
+
+
+def about(told, size, first, last):
+    """Exponents of a rule's summary at which a size's loss decides: best, neighbours, carried."""
+    best = told['sizes'][size]['best']
+    return {told['carried'], *range(max(first, best - 1), min(last, best + 1) + 1)}
+
+
+def transfer(folder):
+    names = rules.split(',')
+    sizes = [int(size) for size in (depths or widths).split(',')]
+    first, last = map(int, (exponents or GRIDS[grid][1]).split(','))
+    for rule in names:
+        for size in sizes:
+            model_config(train_knobs(*trial_flags(rule, size, first, seed)))     # all are possible
+    entries, file, began = {}, folder / 'trials.jsonl', time.time()
+
+    starts = {stable_folder(size): [*base_flags(size), *first_phase(steps), f'--seed={seed}',
+                                    f'--out_dir={stable_folder(size)}', '--resume']
+              for size in sizes} if optimizer == 'muon' else {}
+
+    def run(points):
+        points = sorted(set(points), key=lambda p: -p[1])        # the longest first
+        entries.update(zip(points, results(file, [trial_flags(*p) for p in points], starts)))
+
+    # one seed everywhere, then the others about each optimum, and where the smallest one's falls
+    run((r, n, e, seed) for r in names for n in sizes for e in range(first, last + 1))
+    known = 0
+    while known < len(entries):
+        known, summary = len(entries), summarise(entries, names, sizes)
+        run([*entries, *((r, n, e, s) for r in names for n in sizes
+                         for e in about(summary[r], n, first, last)
+                         for s in range(seed, seed + seeds))])
+    knobs = train_knobs(config, *shlex.split(flags))
+    warmup = steps // 10 if steps else knobs['phases'][0].get('warmup', 0)
+    axis = 'depth' if depths else 'width'
+    print_transfer(summary, axis, 0 if optimizer == 'muon' else warmup)
+    told = {'kind': 'transfer', 'command': 'python sweep.py ' + shlex.join(sys.argv[1:]),
+            'grid': grid, 'axis': axis, 'optimizer': optimizer, 'warmup': warmup,
+            'seeds': seeds, 'trials': len(entries), 'config': config, 'torch': torch.__version__,
+            'hours_of_a_core': round(sum(e['seconds'] for e in entries.values()) / 3600, 2),
+            'rules': summary}
+    replace_file(folder / 'transfer.json', lambda f: f.write(json.dumps(told).encode()))
+    print(f'\n{len(entries)} trials, {told["hours_of_a_core"]} hours of a core, '
+          f'{(time.time() - began) / 60:.0f} minutes now; {folder}/transfer.json')
+
+
+# --------------------------------------------------------------------------------------------------
+# search: the paper's six hyperparameters, on the proxy
+
+def propose(n):
+    """ask(k) -> k settings to try, and tell(losses) of them: a TPE, or points that fill the space.
+
+    TPE (tree-structured Parzen estimator) is optuna's, and the paper's; without optuna, Sobol's
+    quasi-random sequence. Both are determined by the seed, and so is what a resumed search asks.
+    """
+    try:
+        if sampler == 'sobol':
+            raise ImportError
+        import optuna
+    except ImportError:
+        if sampler == 'tpe':
+            fail('pip install optuna, or --sampler=sobol')
+        points = torch.quasirandom.SobolEngine(len(RANGES), True, seed).draw(n).double().tolist()
+        return (lambda k: [{key: scaled(key, u) for key, u in zip(RANGES, points.pop(0))}
+                           for _ in range(k)]), lambda losses: None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, constant_liar=True))
+    space = {key: optuna.distributions.FloatDistribution(low, high, log=log)
+             for key, (low, high, log) in RANGES.items()}
+    asked = []
+
+    def ask(k):
+        asked[:] = [study.ask(space) for _ in range(k)]
+        return [trial.params for trial in asked]
+
+    def tell(losses):
+        for trial, loss in zip(asked, losses):
+            study.tell(trial, math.inf if loss is None else loss)
+    return ask, tell
+
+
+def scaled(key, u):
+    """Share u in [0, 1] of a knob's range -> its value there."""
+    low, high, log = RANGES[key]
+    return low * (high / low)**u if log else low + u * (high - low)
+
+
+def search(folder):
+    base = train_knobs(config, *shlex.split(flags))
+    phase = base['phases'][0]
+    with torch.device('meta'):
+        N = Xmodel(model_config(base)).num_params(embedding=False)
+    n_steps = steps or math.ceil(10 * N / (phase['batch'] * phase['block_size']))
+    print(f'{trials} trials of {n_steps} steps, '
+          f'{n_steps * phase["batch"] * phase["block_size"] / N:.2g} tokens a parameter outside '
+          f'the embedding, {jobs} at a time')
+    ask, tell = propose(trials)
+    tried = []
+    for _ in tqdm(range(0, trials, jobs), unit='round', disable=None):
+        settings = [{key: float(f'{value:.4g}') for key, value in values.items()}
+                    for values in ask(min(jobs, trials - len(tried)))]
+        entries = results(folder / 'trials.jsonl', [
+            [config, *shlex.split(flags), *first_phase(n_steps), f'--seed={seed}',
+             *(f'--{key}={value!r}' for key, value in values.items())] for values in settings])
+        tell([entry['loss'] for entry in entries])
+        tried += [(entry['loss'], values) for entry, values in zip(entries, settings)]
+    tried.sort(key=lambda t: math.inf if t[0] is None else t[0])
+    loss, best = tried[0]
+    if loss is None:
+        fail(f'all {trials} trials diverged or failed; {folder}/trials.jsonl says how')
+    print(f'\n# the best of {trials} trials of {n_steps} steps of {config}: loss {loss}; the next '
+          + ', '.join(f'{x:.3f}' for x, _ in tried[1:4] if x is not None))
+    print(*(f'{key} = {value!r}' for key, value in best.items()), sep='\n')
+    for key, (low, high, log) in RANGES.items():
+        u = math.log(best[key] / low) / math.log(high / low) if log else \
+            (best[key] - low) / (high - low)
+        if not 0.05 < u < 0.95:
+            print(f'# {key} is at the edge of its range, {low:.3g} to {high:.3g}: '
+                  'a better value may lie outside')
+    told = {'kind': 'search', 'command': 'python sweep.py ' + shlex.join(sys.argv[1:]),
+            'loss': loss, 'best': best, 'steps': n_steps, 'trials': tried}
+    replace_file(folder / 'search.json', lambda f: f.write(json.dumps(told).encode()))
+    if apply:
+        before = train_knobs(apply)
+        print(*unified_diff(mup_lines(before), mup_lines(before | best), apply,
+                            f'{apply} with the best', n=99, lineterm=''), sep='\n')
+
+
+def mup_lines(knobs):
+    """Lines to compare: the searched knobs, and what model.mup_table makes of them at this size."""
+    c = model_config(knobs)
+    lines = [f'{key} = {knobs[key]!r}' for key in RANGES]
+    lines.append(f'# at n_embd={c.n_embd}, n_layer={c.n_layer}, by mup_rules={c.mup_rules!r}:')
+    for role, rule in mup_table(c).items():
+        lr = rule.lr_knob and knobs[rule.lr_knob]
+        cells = {'init std': rule.init_std, 'multiplier': rule.multiplier,
+                 'lr': lr and lr * rule.lr_mult,
+                 "Muon's lr": rule.muon_lr_mult and lr * rule.muon_lr_mult}
+        lines.append(f'# {role:10}' + ','.join(f' {key} {value:.4g}' for key, value in cells.items()
+                                               if value is not None))
+    return lines
+
+
+def main():
+    global jobs, name, config, rules
+    if command not in ('search', 'transfer'):
+        fail(f'{command!r} should be search or transfer: python sweep.py --help')
+    check_range(globals(), 0, 2**63, 'steps', 'seed', 'jobs')
+    check_range(globals(), 1, 2**63, 'trials', 'seeds')
+    jobs = jobs or (1 if torch.cuda.is_available() else os.cpu_count())
+    name = name or command
+    config = config or ('config/proxy20m.py' if command == 'search' else 'config/transfer.py')
+    rules = rules or ('1/m,1/sqrt(m),const' if optimizer == 'muon' else 'textbook,sp')
+    folder = Path('results', name)
+    try:
+        knobs = train_knobs(config, *shlex.split(flags))
+        prepare_missing(knobs['data_dir'], knobs['phases'][0]['data'], knobs['sources'],
+                        knobs['vocab_size'])
+        folder.mkdir(parents=True, exist_ok=True)
+        (search if command == 'search' else transfer)(folder)
+    except ValueError as e:
+        fail(e)
+
+
+if __name__ == '__main__':
+    configure(globals(), positional='command')
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+    except OSError as e:
+        fail(f'{e.filename or name}: {e.strerror}; the lines of finished trials are whole')
+    except KeyboardInterrupt:
+        sys.exit('sweep.py: stopped; the same command goes on from the trials that have finished')
