@@ -39,6 +39,13 @@ def check_range(knobs, low, high, *names):
             fail(f'{name}={knobs[name]} should be at least {low}{below}')
 
 
+def int_list(name, text, least=1):
+    """'64,128' -> [64, 128]; ends the program in one line unless it is `least` or more of them."""
+    if not re.fullmatch(r'[1-9]\d*(,[1-9]\d*)*', text) or len(set(text.split(','))) < least:
+        fail(f'{name}={text!r} should be at least {least} whole numbers, such as 64,128,256')
+    return [int(number) for number in text.split(',')]
+
+
 def assigned(tree):
     """{name: line} of all names to which the code in tree assigns."""
     return {node.id: node.lineno for node in ast.walk(tree)

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from checkpoint import replace_file
-from configurator import check_range, configure, fail
+from configurator import check_range, configure, fail, int_list
 from data_prep import get_batch, open_data, prepare_missing
 from model import Xmodel, XmodelConfig
 from muon import make_optimizers, step_all
@@ -151,9 +151,15 @@ def slope(sizes, values):
     return ((x * y).sum() / x.square().sum()).item()
 
 
+def sizes_of(vary):
+    knob, text = ('depths', depths) if vary == 'depth' else ('widths', widths)
+    return int_list(knob, text, 2)
+
+
 def config_of(size, vary, scaling):
     shape = {'n_layer': size, 'n_embd': 128, 'n_head': 2} if vary == 'depth' else \
-        {'n_layer': n_layer, 'n_embd': size, 'n_head': 4 if vary == 'head_size' else size // 64}
+        {'n_layer': n_layer, 'n_embd': size, 
+         'n_head': 4 if vary == 'head_size' else max(1, size // 64)}
     return XmodelConfig(**shape, n_kv_head=1, n_ffn=5 * shape['n_embd'] // 2, mup_rules=mup_rules,
                         vocab_size=vocab_size, block_size=block_size, mup_break=break_,
                         muon_lr_scaling=scaling)
@@ -161,7 +167,7 @@ def config_of(size, vary, scaling):
 
 def check(data, vary, scaling):
     """Run one table's models -> {sizes, and for each quantity its figures, slopes and verdict}."""
-    sizes = [int(size) for size in (depths if vary == 'depth' else widths).split(',')]
+    sizes = sizes_of(vary)
     lr = learning_rate / (4 if vary == 'depth' else 1) * (4 if optimizer == 'muon' else 1)
     lrs = {'learning_rate': lr, 'embedding_lr': embedding_lr / (4 if vary == 'depth' else 1)}
     configs = {size: config_of(size, vary, scaling) for size in sizes}
@@ -214,11 +220,11 @@ def main():
     scalings = ('1/m', '1/sqrt(m)', 'const') if optimizer == 'muon' else ('1/sqrt(m)',)
     try:
         for kind in varied:
-            for size in (depths if kind == 'depth' else widths).split(','):
-                config_of(int(size), kind, scalings[0])
+            for size in sizes_of(kind):
+                config_of(size, kind, scalings[0])
         prepare_missing(data_dir, ['stdlib'], {'stdlib': 'stdlib --max_mb=2'}, vocab_size)
         data = open_data(data_dir, ['stdlib'], vocab_size)
-    except (ValueError, ZeroDivisionError) as e:
+    except ValueError as e:
         fail(e)
     failed = 0
     for kind in varied:

@@ -1,9 +1,14 @@
-"""Draw the loss of a run, or of several over one another, from what train.py logs.
+"""Every picture of the project, from what the other scripts log.
 
     python plot.py                                       # the newest run under out/
     python plot.py out/proxy20m                          # writes out/proxy20m/loss.png
-    python plot.py out/adamw out/muon --png=decay.png    # each run in a colour of its own
+    python plot.py out/adamw out/muon --png=decay.png    # runs over one another, against tokens
+    python plot.py results/transfer                      # of sweep.py: transfer.png in that folder
+    python plot.py results/coord_check                   # of coord_check.py: a row for each table
+    python plot.py results/coord_check/textbook.json results/coord_check/sp.json --png=check.png
 """
+import json
+import math
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -13,21 +18,42 @@ import numpy as np
 from checkpoint import read_log
 from configurator import configure, fail
 
-png = ''                      # file to write; '': loss.png in the first run's folder
+png = ''                      # file to write; '': a name by its kind, in the first one's folder
 
 # Okabe and Ito's colours, which the colour-blind tell apart, without the yellow that paper swallows
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 MARKERS = 'osD^v'
 
 
-def plot_loss(runs, png):
-    """Write the picture: loss over learning rate, against tokens; the first run's phases."""
+def pyplot():
     try:
         import matplotlib
     except ImportError:
         fail('pip install matplotlib')
     matplotlib.use('Agg')                                        # draws without a screen
     import matplotlib.pyplot as plt
+    return plt
+
+
+def shades(n):
+    """n colours for what has an order, dark to light: of viridis, made for the colour-blind."""
+    return pyplot().get_cmap('viridis')(np.linspace(0, 0.88, n))
+
+
+def save(figure, png, default):
+    """Write the figure to png or, where that is '', to the path `default`."""
+    try:
+        figure.savefig(png := png or default, dpi=150)
+    except (OSError, ValueError) as e:                           # no such folder, unknown ending
+        fail(f'{png}: {e}')
+    print(png)
+
+
+# --- runs of train.py ---
+
+def plot_loss(runs, png):
+    """Write the picture: loss over learning rate, against tokens; the first run's phases."""
+    plt = pyplot()
     logs = [read_log(run) for run in runs]
     most = max(log[-1]['tokens'] for log in logs)
     figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(8, 5.5), layout='constrained',
@@ -59,18 +85,116 @@ def plot_loss(runs, png):
             ylim=(None, max(e['loss'] for log in logs for e in log[len(log) // 25:])))
     top.legend(fontsize='small')
     bottom.set(xlabel='tokens', ylabel='learning rate', xlim=(0, most * 1.01), ylim=(0, None))
-    bottom.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
-    try:
-        figure.savefig(png := png or Path(runs[0], 'loss.png'), dpi=150)
-    except (OSError, ValueError) as e:                           # no such folder, unknown ending
-        fail(f'{png}: {e}')
-    print(png)
+    bottom.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter())
+    save(figure, png, Path(runs[0], 'loss.png'))
+
+
+# --- results of sweep.py and coord_check.py ---
+
+def read_results(path):
+    """[(file, dict)] of the result files that path names: a .json, or those in a folder."""
+    files = sorted(Path(path).glob('*.json')) if Path(path).is_dir() else [Path(path)]
+    found = []
+    for file in files:
+        try:
+            told = json.loads(file.read_text(encoding='utf-8'))
+            if told['kind'] in ('transfer', 'coord_check', 'search'):
+                found.append((file, told))
+        except OSError as e:
+            fail(f'{file}: {e.strerror}; give a run of train.py (out/RUN) or results/NAME')
+        except (ValueError, KeyError, TypeError):
+            fail(f'{file} is no result of sweep.py or coord_check.py')
+    return found or fail(f'{path} holds neither a log.jsonl nor results (.json)')
+
+
+def plot_transfer(told, png, default):
+    """Loss against the grid, a line for each size, and below it the curves at the carried value."""
+    rules, grid, axis = told['rules'], told['grid'], told['axis']
+    figure, axes = pyplot().subplots(2, len(rules), figsize=(1.5 + 3.25 * len(rules), 6),
+                                     sharey='row', squeeze=False, layout='constrained')
+    lowest = min(x for rule in rules.values() for row in rule['sizes'].values()
+                 for losses in row['losses'].values() for x in losses if x is not None)
+    for (name, rule), top, bottom in zip(rules.items(), *axes):
+        for i, (size, row) in enumerate(rule['sizes'].items()):
+            colour, label = shades(len(rule['sizes']))[i], f'{axis} {size}'
+            points = sorted((int(e), [x for x in losses if x is not None])
+                            for e, losses in row['losses'].items())
+            x = [e for e, losses in points if losses]
+            y = np.array([np.mean(losses) for _, losses in points if losses])
+            off = [[m - min(v), max(v) - m] for m, (_, v) in zip(y, [p for p in points if p[1]])]
+            top.errorbar(x, y, np.array(off).T, color=colour, marker=MARKERS[i % 5], markersize=4,
+                         linewidth=1.2, capsize=2, label=label)
+            top.plot(row['best'], y[x.index(row['best'])], '*', color='#D55E00', markersize=13,
+                     zorder=3, label='_')
+            curve = row['curve']
+            bottom.plot(np.arange(len(curve)) + 20, curve, color=colour, linewidth=1.2, label=label)
+        price = [np.mean([x for x in row['price'] if x is not None] or [math.nan])
+                 for row in rule['sizes'].values()][-1]
+        top.axvline(rule['carried'], color='black', linewidth=0.8, linestyle=':')
+        top.set(title=f'{name}: carrying over costs {price:.3f}', xlabel=f'log2 of {grid}',
+                ylim=(lowest - 0.05, lowest + 1.3))
+        bottom.set(xlabel='step', title=f'at {grid} = 2^{rule["carried"]}')
+        bottom.set_ylim(lowest - 0.05, lowest + 2)
+        for panel in (top, bottom):
+            panel.grid(alpha=0.25)
+            panel.title.set_fontsize('medium')
+    axes[0, 0].set(ylabel='loss at the end (nats a token)')
+    axes[1, 0].set(ylabel='loss, mean of 20 steps')
+    axes[0, 0].legend(fontsize='small', loc='upper center')
+    save(figure, png, default)
+
+
+def plot_coord_check(tables, png, default):
+    """A row for each table, a panel for each quantity: size at init and change at each step."""
+    quantities = [q for q in tables[0]['rows'] if q != 'norm gain'       # flat but for its own rule
+                  or any(told['rows'][q]['holds'] is False for told in tables)]
+    figure, axes = pyplot().subplots(
+        len(tables), len(quantities), squeeze=False, sharey='col', layout='constrained',
+        figsize=(1.55 * len(quantities), 0.6 + 1.6 * len(tables)))
+    for i, told in enumerate(tables):
+        for quantity, panel in zip(quantities, axes[i]):
+            figures, sizes = told['rows'][quantity], told['sizes']
+            size, change = (np.mean(figures[kind], axis=1).T for kind in ('size', 'change'))
+            panel.plot(sizes, size[0], 'k--', linewidth=1, label='size at init')
+            for t, colour in enumerate(shades(len(change) - 1), 1):
+                panel.plot(sizes, change[t], color=colour, linewidth=1.2, marker='.',
+                           markersize=4, label=f'change, step {t}')
+            panel.set(xscale='log', yscale='log')
+            panel.set_xticks(sizes, sizes, fontsize=7)
+            panel.minorticks_off()
+            panel.tick_params(axis='y', labelsize=7)
+            title = (f'{figures["slopes_size"][0]:+.2f}, {figures["slopes_change"][0]:+.2f}'
+                     + ' ✗' * (figures['holds'] is False))
+            panel.set_title(f'{quantity}\n{title}' if i == 0 else title, fontsize=8,
+                            color='#D55E00' if figures['holds'] is False else 'black')
+            panel.set_xlabel(('depth' if told['vary'] == 'depth' else 'width')
+                             if i == len(tables) - 1 else '', fontsize=8)
+        what = told['title'].split(', ')
+        axes[i, 0].set_ylabel(what[1] if 'broken' in what[1] else what[0], fontsize=8)
+    figure.suptitle('above each panel: log-log slope of the size at init, of the change at step 1; '
+                    '✗: fails', fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=6,
+                  fontsize=8)
+    save(figure, png, default)
+
+
+def main(paths):
+    if not paths:
+        paths = sorted(Path('out').glob('*/log.jsonl'), key=lambda log: log.stat().st_mtime)[-1:]
+        paths = [log.parent for log in paths] or fail(
+            'there is no run under out/ yet; python train.py makes one')
+    runs = [path for path in paths if Path(path, 'log.jsonl').exists() or not Path(path).exists()]
+    if runs:
+        plot_loss(runs, png)
+    results = [found for path in paths if path not in runs for found in read_results(path)]
+    for file, told in results:
+        if told['kind'] == 'transfer':
+            plot_transfer(told, png, file.with_suffix('.png'))
+    if tables := [told for _, told in results if told['kind'] == 'coord_check']:
+        plot_coord_check(tables, png, results[0][0].with_name('coord_check.png'))
 
 
 if __name__ == '__main__':
     folders = [arg for arg in sys.argv[1:] if arg[:1] != '-']
     configure(globals(), [arg for arg in sys.argv[1:] if arg[:1] == '-'])
-    newest = sorted(Path('out').glob('*/log.jsonl'), key=lambda log: log.stat().st_mtime)[-1:]
-    if not folders and not newest:
-        fail('there is no run under out/ yet; python train.py makes one')
-    plot_loss(folders or [newest[0].parent], png)
+    main(folders)

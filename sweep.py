@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import statistics
@@ -34,7 +35,7 @@ from tqdm import tqdm
 
 import train
 from checkpoint import checkpoints, read_log, replace_file
-from configurator import check_range, configure, fail, knob_values
+from configurator import check_range, configure, fail, int_list, knob_values
 from data_prep import prepare_missing
 from model import Xmodel, XmodelConfig, mup_table
 
@@ -42,7 +43,7 @@ command = ''                  # 'search' or 'transfer'
 name = ''                     # of the folder under results/; '': as the command
 config = ''                   # of the trials; '': config/proxy20m.py, config/transfer.py
 flags = ''                    # more of train.py's flags for every trial, as in a shell
-steps = 0                     # of the first phase; 0: as in config, or in a search as in the paper
+steps = 0                     # of a trial; 0: as in config, in a search as in the paper
 seed = 1337                   # the first
 jobs = 0                      # trials at a time; 0: one a CPU core, one on a GPU
 # --- search: the first phase alone ---
@@ -140,6 +141,7 @@ def results(file, wanted, starts=()):
     One that another sweep has run is copied from there. starts: {folder: trial} of checkpoints that
     trials go on from; the trial makes a checkpoint that is missing and needed.
     """
+    file.parent.mkdir(parents=True, exist_ok=True)
     found, sha = read_trials(file), hashlib.sha256(Path(config).read_bytes()).hexdigest()[:12]
     keys = dict.fromkeys((sha, *trial) for trial in wanted)
     for other in file.parent.parent.glob('*/trials.jsonl'):
@@ -156,6 +158,9 @@ def results(file, wanted, starts=()):
         found[sha, *trial] = {'flags': trial, 'config': sha} | entry
         with open(file, 'a', encoding='utf-8') as f:
             f.write(json.dumps(found[sha, *trial]) + '\n')
+    if failed := [found[key]['error'] for key in keys if found[key]['status'] == 'failed']:
+        fail(f'{len(failed)} of {len(keys)} trials failed, and will be tried again by the same '
+             f'command; the first: {failed[0]}')
     return [found[key] for key in ((sha, *trial) for trial in wanted)]
 
 
@@ -164,6 +169,13 @@ def train_knobs(*argv):
     knobs = dict(vars(train))
     configure(knobs, list(argv))
     return knob_values(knobs)
+
+
+def prepare_data():
+    """Make the config's data sets before trials side by side would; they may be there."""
+    knobs = train_knobs(config, *shlex.split(flags))
+    names = dict.fromkeys(name for phase in knobs['phases'] for name in phase['data'])
+    prepare_missing(knobs['data_dir'], names, knobs['sources'], knobs['vocab_size'])
 
 
 def model_config(knobs):
@@ -184,20 +196,26 @@ def first_phase(n_steps):
 
 def trial_flags(rule, size, exponent, trial_seed):
     """train.py's flags for a point of the grid; size is a width or, with depths, a depth."""
-    base = [*base_flags(size), f'--seed={trial_seed}']
+    base, phases = base_flags(size), train_knobs(config, *shlex.split(flags))['phases']
+    value = repr(2.0**exponent)
     if optimizer == 'muon':
-        return [*base, f'--init_from={stable_folder(size)}', f'--muon_lr_scaling={rule}',
-                f'--learning_rate={2.0**exponent!r}']
-    knob = 'mup_rules' if rule in ('textbook', 'authors', 'sp') else 'mup_break'
-    return [*base, *first_phase(steps), f'--{knob}={rule}',
-            *(f'--{key}={2.0**exponent!r}' for key in GRIDS[grid][0])]
+        base += [f'--init_from={stable_folder(size)}', f'--muon_lr_scaling={rule}',
+                 f'--learning_rate={value}']
+    else:
+        knob = 'mup_rules' if rule in ('textbook', 'authors', 'sp') else 'mup_break'
+        base += [*(f'--phases.{phase["name"]}.optimizer=adamw' for phase in phases
+                   if phase['optimizer'] != 'adamw'),
+                 f'--{knob}={rule}', *(f'--{key}={value}' for key in GRIDS[grid][0])]
+    return [*base, f'--seed={trial_seed}']
 
 
 def base_flags(size):
     n_head = max(1, size // 64) if grow == 'heads' else 4
     shape = [f'--n_layer={size}'] if depths else \
         [f'--n_embd={size}', f'--n_head={n_head}', f'--n_ffn={5 * size // 2}']
-    return [config, *shlex.split(flags), *shape]
+    total = sum(phase['steps'] for phase in train_knobs(config, *shlex.split(flags))['phases'])
+    return [config, *shlex.split(flags), *([f'--steps_scale={steps / total!r}'] if steps else []),
+            *shape]
 
 
 def stable_folder(size):
@@ -266,6 +284,14 @@ def print_transfer(summary, axis, warmup):
               f'lower loss than the one before: {", ".join(f"{x:.0%}" for x in better)}')
 
 
+def exponent_range():
+    text = exponents or GRIDS[grid][1]
+    pair = [int(e) for e in text.split(',')] if re.fullmatch(r'-?\d+,-?\d+', text) else [1, 0]
+    if pair[0] > pair[1]:
+        fail(f'exponents={text!r} should be the lowest and the highest power of two, as -12,-4')
+    return pair
+
+
 def about(told, size, first, last):
     """Exponents of a rule's summary at which a size's loss decides: best, neighbours, carried."""
     best = told['sizes'][size]['best']
@@ -273,15 +299,15 @@ def about(told, size, first, last):
 
 
 def transfer(folder):
-    names = rules.split(',')
-    sizes = [int(size) for size in (depths or widths).split(',')]
-    first, last = map(int, (exponents or GRIDS[grid][1]).split(','))
+    names, (first, last) = rules.split(','), exponent_range()
+    sizes = int_list('depths', depths) if depths else int_list('widths', widths)
     for rule in names:
         for size in sizes:
             model_config(train_knobs(*trial_flags(rule, size, first, seed)))     # all are possible
+    prepare_data()
     entries, file, began = {}, folder / 'trials.jsonl', time.time()
 
-    starts = {stable_folder(size): [*base_flags(size), *first_phase(steps), f'--seed={seed}',
+    starts = {stable_folder(size): [*base_flags(size), *first_phase(0), f'--seed={seed}',
                                     f'--out_dir={stable_folder(size)}', '--resume']
               for size in sizes} if optimizer == 'muon' else {}
 
@@ -297,8 +323,9 @@ def transfer(folder):
         run([*entries, *((r, n, e, s) for r in names for n in sizes
                          for e in about(summary[r], n, first, last)
                          for s in range(seed, seed + seeds))])
-    knobs = train_knobs(config, *shlex.split(flags))
-    warmup = steps // 10 if steps else knobs['phases'][0].get('warmup', 0)
+    phases = train_knobs(config, *shlex.split(flags))['phases']
+    total = sum(phase['steps'] for phase in phases)
+    warmup = phases[0].get('warmup', 0) * (steps or total) // total
     axis = 'depth' if depths else 'width'
     print_transfer(summary, axis, 0 if optimizer == 'muon' else warmup)
     told = {'kind': 'transfer', 'command': 'python sweep.py ' + shlex.join(sys.argv[1:]),
@@ -359,6 +386,8 @@ def search(folder):
     with torch.device('meta'):
         N = Xmodel(model_config(base)).num_params(embedding=False)
     n_steps = steps or math.ceil(10 * N / (phase['batch'] * phase['block_size']))
+    target = apply and train_knobs(apply)
+    prepare_data()
     print(f'{trials} trials of {n_steps} steps, '
           f'{n_steps * phase["batch"] * phase["block_size"] / N:.2g} tokens a parameter outside '
           f'the embedding, {jobs} at a time')
@@ -389,8 +418,7 @@ def search(folder):
             'loss': loss, 'best': best, 'steps': n_steps, 'trials': tried}
     replace_file(folder / 'search.json', lambda f: f.write(json.dumps(told).encode()))
     if apply:
-        before = train_knobs(apply)
-        print(*unified_diff(mup_lines(before), mup_lines(before | best), apply,
+        print(*unified_diff(mup_lines(target), mup_lines(target | best), apply,
                             f'{apply} with the best', n=99, lineterm=''), sep='\n')
 
 
@@ -419,12 +447,14 @@ def main():
     name = name or command
     config = config or ('config/proxy20m.py' if command == 'search' else 'config/transfer.py')
     rules = rules or ('1/m,1/sqrt(m),const' if optimizer == 'muon' else 'textbook,sp')
+    if not re.fullmatch(r'[\w.()-]+', name):
+        fail(f'name={name!r} should be that of a folder under results/')
     folder = Path('results', name)
     try:
-        knobs = train_knobs(config, *shlex.split(flags))
-        prepare_missing(knobs['data_dir'], knobs['phases'][0]['data'], knobs['sources'],
-                        knobs['vocab_size'])
-        folder.mkdir(parents=True, exist_ok=True)
+        shlex.split(flags)
+    except ValueError as e:
+        fail(f'flags={flags!r}: {e}')
+    try:
         (search if command == 'search' else transfer)(folder)
     except ValueError as e:
         fail(e)

@@ -27,8 +27,15 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import begin_folder, changes, checkpoints, prune, read_checkpoint
-from checkpoint import read_log, replace_file
+from checkpoint import (
+    begin_folder,
+    changes,
+    checkpoints,
+    prune,
+    read_checkpoint,
+    read_log,
+    replace_file,
+)
 from configurator import check_range, configure, fail, knob_values
 from data_prep import get_batch, get_windows, open_data, prepare_missing, windows_before
 from model import Xmodel, XmodelConfig

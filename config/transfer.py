@@ -3,7 +3,7 @@
     python sweep.py transfer
 
 Sizes as in the paper's grids: few layers, heads of 64 with one of keys and values, FFN 2.5 x width.
-The learning rate is compared where it matters most, in the stable phase; decay is for Muon's.
+Warmup, stable and decay in small; sweep.py lets AdamW take the decay as well, unless told muon.
 """
 out_dir = 'out/transfer'
 data_dir = 'data/nano'
@@ -17,9 +17,9 @@ n_ffn = 640
 vocab_size = 1024
 
 phases = [
-    {'name': 'stable', 'steps': 250, 'batch': 4, 'block_size': 128, 'data': {'stdlib': 1.0},
-     'optimizer': 'adamw', 'warmup': 25, 'decay': 'constant', 'lr': (0, 1, 1)},
-    {'name': 'decay', 'steps': 100, 'batch': 4, 'block_size': 128, 'data': {'stdlib': 1.0},
+    {'name': 'stable', 'steps': 150, 'batch': 4, 'block_size': 128, 'data': {'stdlib': 1.0},
+     'optimizer': 'adamw', 'warmup': 20, 'decay': 'constant', 'lr': (0, 1, 1)},
+    {'name': 'decay', 'steps': 60, 'batch': 4, 'block_size': 128, 'data': {'stdlib': 1.0},
      'optimizer': 'muon', 'decay': 'exponential', 'lr': (0, 1, 1 / 16)},
 ]
 compile = False                         # takes longer than a trial

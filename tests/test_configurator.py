@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import configurator
-from configurator import configure, fail, knob_values
+from configurator import configure, fail, int_list, knob_values
 
 SCRIPT = '''"""What the script does."""
 import os
@@ -87,6 +87,25 @@ def test_flags_take_the_type_of_the_default(run):
     for text, value in {'true': True, 'True': True, 'false': False, 'False': False}.items():
         assert run(f'--resume={text}')['resume'] is value
     assert run('--out_dir=a=b c')['out_dir'] == 'a=b c' and run('--out_dir=')['out_dir'] == ''
+
+
+def test_a_knob_called_as_a_keyword_ends_in_an_underscore(tmp_path):
+    (tmp_path / 'script.py').write_text("break_ = ''\n")
+    knobs = {'__file__': str(tmp_path / 'script.py'), 'break_': ''}
+    configure(knobs, ['--break=x'])
+    assert knobs['break_'] == 'x'
+
+
+@pytest.mark.parametrize('text, least, right', [
+    ('64', 1, [64]), ('64,128', 2, [64, 128]), ('64', 2, None), ('', 1, None), ('0', 1, None),
+    ('64,', 1, None), ('64,64', 2, None), ('-1,2', 1, None), ('1.5', 1, None)])
+def test_int_list(capsys, text, least, right):
+    if right:
+        assert int_list('widths', text, least) == right
+        return
+    with pytest.raises(SystemExit):
+        int_list('widths', text, least)
+    assert f'widths={text!r} should be' in capsys.readouterr().err
 
 
 def test_the_last_of_repeated_flags_wins(run):

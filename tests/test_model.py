@@ -1,4 +1,5 @@
 """model.py: network against transformers' Granite, loss, µP's table, generation, loading."""
+import json
 import math
 import pickle
 from dataclasses import asdict, replace
@@ -231,28 +232,118 @@ def test_init_std(c, rules):
         assert abs(p.mean().item()) < 4.5 * expected[role] / math.sqrt(p.numel()), name
 
 
-@pytest.mark.parametrize('rules, lr_mult', [                     # in the order of `roles`
-    ('textbook', [1, 1 / 6, 1 / 6, 1]), ('authors', [1, 1 / 6, 1 / 6, 1 / 6]),
-    ('sp', [1, 1, 1, 1])])
-def test_param_groups(rules, lr_mult):
-    model = build(replace(WIDE, mup_rules=rules), device='meta')
-    roles = ('embedding', 'matrix', 'branch_out', 'gain')
-    groups = model.param_groups(0.1)
+# role: knob of its learning rate, factor on it, factor under Muon, decay, init std; two layers
+GROUPS = {
+    ('textbook', 128): {                                         # m = 0.5
+        'embedding': ('embedding_lr', 1, None, 0.1, 0.1),
+        'matrix': ('learning_rate', 2, 1.414214, 0.1, 0.141421),
+        'branch_out': ('learning_rate', 2, 1.414214, 0.1, 0.070711),
+        'gain': ('learning_rate', 1, None, 0, None)},
+    ('textbook', 256): {                                         # m = 1
+        'embedding': ('embedding_lr', 1, None, 0.1, 0.1),
+        'matrix': ('learning_rate', 1, 1, 0.1, 0.1),
+        'branch_out': ('learning_rate', 1, 1, 0.1, 0.05),
+        'gain': ('learning_rate', 1, None, 0, None)},
+    ('textbook', 1536): {                                        # m = 6
+        'embedding': ('embedding_lr', 1, None, 0.1, 0.1),
+        'matrix': ('learning_rate', 0.166667, 0.408248, 0.1, 0.040825),
+        'branch_out': ('learning_rate', 0.166667, 0.408248, 0.1, 0.020412),
+        'gain': ('learning_rate', 1, None, 0, None)},
+    ('authors', 128): {
+        'embedding': ('embedding_lr', 1, None, 0.1, 0.1),
+        'matrix': ('learning_rate', 2, 1.414214, 0.1, 0.141421),
+        'branch_out': ('learning_rate', 2, 1.414214, 0.1, 0.05),
+        'gain': ('learning_rate', 2, None, 0, None)},
+    ('authors', 1536): {
+        'embedding': ('embedding_lr', 1, None, 0.1, 0.1),
+        'matrix': ('learning_rate', 0.166667, 0.408248, 0.1, 0.040825),
+        'branch_out': ('learning_rate', 0.166667, 0.408248, 0.1, 0.05),
+        'gain': ('learning_rate', 0.166667, None, 0, None)},
+    ('sp', 1536): {                                              # one learning rate for all
+        'embedding': ('learning_rate', 1, None, 0.1, 0.02),
+        'matrix': ('learning_rate', 1, 1, 0.1, 0.02),
+        'branch_out': ('learning_rate', 1, 1, 0.1, 0.01),
+        'gain': ('learning_rate', 1, None, 0, None)},
+}
+
+
+def wide(n_embd, **changes):
+    return replace(TINY, n_embd=n_embd, n_head=n_embd // 64, n_kv_head=1, n_ffn=5 * n_embd // 2,
+                   **changes)
+
+
+@pytest.mark.parametrize('rules, n_embd', GROUPS)
+def test_param_groups(rules, n_embd):
+    model = build(wide(n_embd, mup_rules=rules), device='meta')
+    groups, expected = model.param_groups(0.1), GROUPS[rules, n_embd]
+    name_of = {id(p): name for name, p in model.named_parameters()}
     grouped = [id(p) for g in groups for p in g['params']]
-    assert sorted(grouped) == sorted(map(id, model.parameters()))
-    assert {g['role'] for g in groups} == set(roles)
+    assert sorted(grouped) == sorted(name_of) and {g['role'] for g in groups} == set(expected)
     for g in groups:
-        i = roles.index(g['role'])
-        assert g['lr_mult'] == pytest.approx(lr_mult[i])
-        # SP has one learning rate
-        assert g['lr_knob'] == ('embedding_lr' if i == 0 and rules != 'sp' else 'learning_rate')
-        assert g['weight_decay'] == (0.0 if g['role'] == 'gain' else 0.1)
-        assert all((p.dim() == 1) == (g['role'] == 'gain') for p in g['params'])
+        knob, lr_mult, muon_lr_mult, weight_decay, std = expected[g['role']]
+        assert g['lr_knob'] == knob and g['weight_decay'] == weight_decay
+        assert g['lr_mult'] == pytest.approx(lr_mult, rel=1e-5)
+        assert g['muon_lr_mult'] == (muon_lr_mult and pytest.approx(muon_lr_mult, rel=1e-5))
+        assert model.table[g['role']].init_std == (std and pytest.approx(std, rel=1e-4))
+        for p in g['params']:
+            assert (p.dim() == 1) == (g['role'] == 'gain')
+            assert (name_of[id(p)] == 'embed.weight') == (g['role'] == 'embedding')
+            assert (name_of[id(p)].split('.')[-2] in ('out', 'down')) == (g['role'] == 'branch_out')
+
+
+@pytest.mark.parametrize('scaling, factor', [('1/m', 0.166667), ('1/sqrt(m)', 0.408248),
+                                             ('const', 1)])
+def test_muon_lr_scaling(scaling, factor):
+    table = mup_table(wide(1536, muon_lr_scaling=scaling))
+    for role in ('matrix', 'branch_out'):
+        assert table[role].muon_lr_mult == pytest.approx(factor, rel=1e-5)
+        assert table[role].lr_mult == pytest.approx(1 / 6)
+
+
+@pytest.mark.parametrize('rule, changes', {                      # at m = 6, two layers, heads of 64
+    'init_out': {('branch_out', 'init_std'): 0.05},
+    'gain_lr': {('gain', 'lr_mult'): 0.166667},
+    'lr_hidden': {('matrix', 'lr_mult'): 1, ('branch_out', 'lr_mult'): 1},
+    'embedding_lr': {('embedding', 'lr_mult'): 0.166667},
+    'logits': {('logits', 'multiplier'): 1},
+    'attn_scale': {('attention', 'multiplier'): 0.125},
+    'attn_const': {('attention', 'multiplier'): 0.125},
+    'residual_depth': {('branch_out', 'multiplier'): 1.4},
+}.items())
+def test_a_broken_rule_is_broken_alone(rule, changes):
+    whole, broken = mup_table(wide(1536)), mup_table(wide(1536, mup_break=rule))
+    differ = {(role, field): getattr(broken[role], field) for role in whole
+              for field in whole[role]._fields
+              if getattr(whole[role], field) != getattr(broken[role], field)}
+    assert differ == pytest.approx(changes, rel=1e-5)
+
+
+def test_attention_scale_where_heads_grow():
+    growing = replace(wide(1536), n_head=12)                     # heads of 128
+    assert [mup_table(replace(growing, mup_break=rule))['attention'].multiplier
+            for rule in ('', 'attn_scale', 'attn_const')] == pytest.approx(
+                [1 / 128, 0.0883883, 0.125], rel=1e-5)
+
+
+def test_groups_and_init_are_those_of_microsofts_mup():
+    """mup_oracle.json says how it was made, in mup_oracle.py."""
+    oracle = json.loads((Path(__file__).parent / 'mup_oracle.json').read_text())
+    for n_embd in (128, 256, 1536):
+        table, theirs = mup_table(wide(n_embd)), oracle[str(n_embd)]
+        assert table['logits'].multiplier == pytest.approx(1 / theirs['output_divisor'])
+        assert len(theirs['parameters']) == 9
+        for name, has in theirs['parameters'].items():
+            role = 'embedding' if name == 'readout.weight' else role_of(f'blocks.0.attn.{name}')
+            assert table[role].lr_mult == pytest.approx(has['lr']), name
+            if has['std']:                                       # a measured one; mup has no depth
+                depth = 2 if role == 'branch_out' else 1         # sqrt(2 L)
+                assert table[role].init_std * depth == pytest.approx(has['std'], rel=0.02), name
 
 
 @pytest.mark.parametrize('change', [
     {'n_head': 5}, {'n_head': 0}, {'n_kv_head': 3}, {'n_kv_head': 0}, {'n_embd': 65},
-    {'n_head': 64, 'n_kv_head': 1}])
+    {'n_head': 64, 'n_kv_head': 1}, {'mup_break': 'logit'}, {'muon_lr_scaling': 'm'},
+    {'mup_rules': 'sp', 'mup_break': 'logits'}, {'mup_rules': 'Textbook'}])
 def test_bad_shapes_are_refused(change):
     with pytest.raises(ValueError, match='=|odd'):
         replace(TINY, **change)

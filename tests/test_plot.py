@@ -47,6 +47,64 @@ def test_picture_shows_the_runs(tmp_path, monkeypatch, capsys):
         f'{run}: {label}' for run in ('one', 'two') for label in labels]
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that were saved."""
+    pytest.importorskip('matplotlib')
+    from matplotlib.figure import Figure
+    kept, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, 'savefig', lambda figure, *args, **kwargs: (
+        kept.append(figure), save(figure, *args, **kwargs)))
+    return kept
+
+
+def result(folder, name, told):
+    folder.mkdir(exist_ok=True)
+    (folder / f'{name}.json').write_text(json.dumps(told))
+    return folder
+
+
+def test_transfer_curves(tmp_path, figures, capsys):
+    row = {'best': -7, 'losses': {'-8': [3.2, 3.0], '-7': [3.0, 3.0], '-6': [None]},
+           'price': [0.1, 0.3], 'curve': [5.0, 4.0, 3.5]}
+    told = {'kind': 'transfer', 'grid': 'lr', 'axis': 'width', 'rules': {
+        rule: {'carried': -7, 'sizes': {'64': row, '128': row}} for rule in ('textbook', 'sp')}}
+    plot.main([result(tmp_path / 'transfer', 'transfer', told)])
+    assert capsys.readouterr().out == f'{tmp_path}/transfer/transfer.png\n'
+    top, _, bottom, _ = figures[0].axes
+    assert 'textbook' in top.get_title() and '0.200' in top.get_title()
+    assert top.get_legend_handles_labels()[1] == ['width 64', 'width 128']
+    line, star = top.lines[0], next(x for x in top.lines if x.get_marker() == '*')
+    assert list(line.get_xdata()) == [-8, -7] and list(line.get_ydata()) == [3.1, 3.0]
+    assert list(star.get_xdata()) == [-7] and list(star.get_ydata()) == [3.0]
+    assert list(bottom.lines[0].get_ydata()) == [5.0, 4.0, 3.5]
+
+
+def test_coordinate_check_panels(tmp_path, figures, capsys):
+    rows = {quantity: {'size': [[[2, 2, 2]], [[2, 2, 2]]], 'change': [[[0, 1, 2]], [[0, 4, 8]]],
+                       'slopes_size': [0, 0, 0], 'slopes_change': [2, 2], 'holds': holds}
+            for quantity, holds in (('logits', False), ('norm gain', True))}
+    told = {'kind': 'coord_check', 'sizes': [64, 128], 'vary': 'heads', 'rows': rows,
+            'title': 'textbook, lr_hidden broken, width by more heads'}
+    folder = result(tmp_path / 'check', 'lr_hidden', told)
+    plot.main([folder, result(folder, 'other', told) / 'other.json'])
+    assert capsys.readouterr().out == f'{folder}/coord_check.png\n'
+    assert len(figures[0].axes) == 3                             # a row each, and no norm gain
+    panel = figures[0].axes[0]
+    assert panel.get_title() == 'logits\n+0.00, +2.00 ✗'
+    assert panel.get_ylabel() == 'lr_hidden broken'
+    assert [list(line.get_ydata()) for line in panel.lines] == [[2, 2], [1, 4], [2, 8]]
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{}', '{"kind": 3}'])
+def test_results_that_cannot_be_drawn(tmp_path, capsys, text):
+    (tmp_path / 'a.json').write_text(text)
+    with pytest.raises(SystemExit) as e:
+        plot.main([tmp_path])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.count('\n') == 1 and str(tmp_path) in err
+
+
 def test_a_loss_that_is_not_finite_is_left_out(tmp_path):
     run = write_run(tmp_path / 'run', n=2)
     with open(run / 'log.jsonl', 'a') as f:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, refused, run
 
+import train
 from checkpoint import checkpoints, load_model, read_checkpoint
 
 
@@ -307,3 +308,39 @@ def test_the_full_run_says_how_to_make_its_data(tmp_path):
     line = refused(run('train.py', 'config/xmodel25.py', f'--data_dir={tmp_path}',
                        f'--out_dir={tmp_path / "run"}'))
     assert 'ultrafineweb-en is missing' in line and '--vocab_size=129280' in line
+
+
+# --- beside the proxy's curve ---
+
+def test_a_run_that_leaves_its_reference_says_so_once(tiny, tmp_path):
+    short = [*tiny, '--phases.stable.steps=60', '--phases.decay.steps=0', '--phases.long.steps=0',
+             '--eval_interval=100', '--checkpoint_interval=52']
+    proxy, stuck = tmp_path / 'proxy', tmp_path / 'stuck'
+    assert run('train.py', *short, f'--out_dir={proxy}').returncode == 0
+    follow = [f'--reference={proxy}', '--reference_margin=0.1']
+    frozen = [*short, '--learning_rate=0', '--embedding_lr=0', f'--out_dir={stuck}', *follow]
+    for more in ([], ['--resume']):
+        done = run('train.py', *frozen, *more)
+        notes = [(line['step'], line['note']) for line in log(stuck) if 'note' in line]
+        assert len(notes) == 1 and notes[0][0] == 49
+        assert f'above that of {proxy}: look at' in notes[0][1] and 'embedding lr' in notes[0][1]
+        assert done.stdout.count('look at') == 1 - bool(more)
+        (stuck / 'step_60.pt').unlink()                          # so that it resumes at 52
+    same_again = run('train.py', *short, f'--out_dir={tmp_path / "same"}', *follow)
+    assert 'that of' not in same_again.stdout
+    assert not any('note' in line for line in log(tmp_path / 'same'))
+
+
+def test_parting_ways_compares_the_same_tokens_and_ends(monkeypatch):
+    monkeypatch.setattr(train, 'reference_margin', 0.25)
+    monkeypatch.setattr(train, 'reference', 'out/proxy')
+    proxy = [{'tokens': 100 * i, 'loss': 10 - 0.01 * i} for i in range(1, 1001)]
+    flat = [5.0] * 50                        # the proxy's mean over 45 000 to 50 000 is 5.245
+    for tokens, parted, says in (
+            (50_000, False, ''), (60_000, False, '0.755'), (60_000, True, ''),
+            (40_000, False, '1.245'), (50_000, True, 'near it again'), (200_000, False, '')):
+        news = train.part_ways(proxy, tokens, 5000, flat, parted)
+        assert says in news and bool(news) == bool(says)
+    assert 'look at' in train.part_ways(proxy, 60_000, 5000, flat, False)
+    assert 'wider is better' in train.part_ways(proxy, 40_000, 5000, flat, False)
+    assert train.part_ways(proxy, 60_000, 5000, flat[1:], False) == ''     # too early to say

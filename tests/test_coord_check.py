@@ -1,0 +1,124 @@
+"""coord_check.py: every broken rule fails the row that it should, the unbroken hold, in small."""
+import json
+import math
+
+import pytest
+import torch
+from conftest import refused, run
+
+import coord_check
+from model import Xmodel, apply_rope, rope_angles
+
+SMALL = {'widths': '64,128,256', 'depths': '2,8,32', 'n_layer': 2, 'steps': 2, 'seeds': 2,
+         'block_size': 32, 'vocab_size': 512}
+
+
+@pytest.fixture
+def table(monkeypatch, data_dir, tmp_path, capsys):
+    """table(**knobs) runs main: (exit code, [result file's contents], what it printed)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                 # models this small only wait for each other's threads
+
+    def table(**knobs):
+        knobs = {**SMALL, 'data_dir': str(data_dir), 'out': str(tmp_path), **knobs}
+        for key, value in knobs.items():
+            monkeypatch.setattr(coord_check, key, value)
+        with pytest.raises(SystemExit) as e:
+            coord_check.main()
+        files = {f.stem: json.loads(f.read_text()) for f in sorted(tmp_path.glob('*.json'))}
+        return e.value.code, files, capsys.readouterr().out
+    yield table
+    torch.set_num_threads(threads)
+
+
+def fails(told):
+    return {quantity for quantity, row in told['rows'].items() if row['holds'] is False}
+
+
+@pytest.mark.parametrize('vary', ['heads', 'head_size', 'depth'])
+def test_the_textbook_holds(table, vary):
+    code, files, out = table(vary=vary)
+    told, = files.values()
+    assert (code, fails(told)) == (0, set()) and 'FAILS' not in out
+    if vary != 'depth':
+        assert told['rows']['logits']['slopes_size'][0] == pytest.approx(-0.5, abs=0.05)
+        assert 'Tied logits start at -0.5' in out and out.count('holds') == 7
+
+
+@pytest.mark.parametrize('knobs, quantity, kind, slope', [
+    ({'break_': 'lr_hidden'}, 'residual stream', 'change', (0.5, 1)),
+    ({'break_': 'init_out'}, 'FFN output', 'size', (0.4, 0.6)),
+    ({'break_': 'gain_lr'}, 'norm gain', 'change', (-1.1, -0.9)),
+    ({'break_': 'logits'}, 'logits', 'size', (0.4, 0.6)),
+    ({'break_': 'embedding_lr'}, 'embedding', 'change', (-1.1, -0.9)),
+    ({'break_': 'attn_scale'}, 'attention logits', 'size', (-0.1, 0.1)),
+    ({'break_': 'attn_const'}, 'attention logits', 'size', (0.4, 0.6)),
+    ({'break_': 'residual_depth'}, 'residual stream', 'change', (0.6, 1.2)),
+    ({'mup_rules': 'authors'}, 'FFN output', 'size', (0.4, 0.6)),
+    ({'mup_rules': 'sp'}, 'logits', 'size', (0.4, 0.6)),
+], ids=lambda value: value.get('break_', value.get('mup_rules')) if isinstance(value, dict) else '')
+def test_a_broken_rule_fails(table, knobs, quantity, kind, slope):
+    code, files, out = table(**knobs)
+    assert code == 1 and 'FAILS' in out
+    if 'attn' in str(knobs):                             # heads of one size cannot tell d from sqrt
+        fixed, growing = (files[f'{knobs["break_"]}{way}'] for way in ('', '-head_size'))
+        assert fails(fixed) == set()
+    else:
+        growing, = files.values()
+    assert quantity in fails(growing)
+    assert slope[0] < growing['rows'][quantity][f'slopes_{kind}'][0] < slope[1]
+
+
+def test_muon_wants_one_over_the_root_of_m(table):
+    code, files, out = table(optimizer='muon')
+    change = {name: told['rows']['residual stream']['slopes_change'][0]
+              for name, told in files.items()}
+    assert code == 1 and abs(change['muon-1_over_sqrt(m)-textbook']) < 0.2
+    assert not fails(files['muon-1_over_sqrt(m)-textbook'])
+    assert change['muon-1_over_m-textbook'] < -0.25 and change['muon-const-textbook'] > 0.25
+    assert fails(files['muon-const-textbook']) and 'spectral norm' in out
+
+
+def test_what_is_recorded_is_what_the_network_computes(monkeypatch):
+    for key, value in SMALL.items():
+        monkeypatch.setattr(coord_check, key, value)
+    torch.manual_seed(0)
+    model = Xmodel(coord_check.config_of(128, 'heads', 'const')).double()
+    idx = torch.randint(512, (2, 9))
+    seen = coord_check.activations(model, idx)
+    x = model.embed(idx) * 12                                      # (B, T, C)
+    assert torch.equal(seen['embedding'][0], x) and torch.equal(seen['logits'][0], model(idx)[0])
+    assert torch.equal(model.logits(model.norm(seen['residual stream'][0])), seen['logits'][0])
+    q, k, _ = model.blocks[0].attn.qkv(model.blocks[0].norm1(x)).split((128, 64, 64), -1)
+    angles = rope_angles(torch.arange(9), 64, 500_000.0)
+    q, k = (apply_rope(t.unflatten(-1, (-1, 64)), *angles) for t in (q, k))     # (B, T, heads, 64)
+    logits = torch.einsum('bihd,bjd->bhij', q, k[:, :, 0]) / 64
+    causal = torch.ones(9, 9).tril().bool()
+    assert torch.allclose(seen['attention logits'][0], logits[..., causal].float().double(),
+                          atol=1e-5)
+    branches = seen['attention output'].sum(0) + seen['FFN output'].sum(0)
+    assert torch.allclose(x + 1.4 / math.sqrt(2) * branches, seen['residual stream'][0])
+
+
+def test_slope():
+    assert coord_check.slope([64, 128, 512], [3 * n**-0.7 for n in (64, 128, 512)]) == \
+        pytest.approx(-0.7)
+
+
+def test_as_a_program(tmp_path, data_dir):
+    knobs = [f'--{key}={value}' for key, value in SMALL.items()]
+    done = run('coord_check.py', '--break=logits', *knobs, f'--data_dir={data_dir}', cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, '')
+    assert (tmp_path / 'results/coord_check/logits.json').exists()
+
+
+@pytest.mark.parametrize('flag, says', [
+    ('--break=logit', "mup_break='logit' should be a rule of µP, one of init_out, "),
+    ('--widths=64,x', 'widths'), ('--widths=64', 'widths'), ('--widths=0,64', 'widths'),
+    ('--depths=', 'depths'), ('--steps=0', 'steps=0'), ('--seeds=0', 'seeds=0'),
+    ('--vary=heigth', "--vary=heigth: 'heigth'"), ('--learning_rate=nan', 'learning_rate=nan')])
+def test_a_mistake_gets_one_line(tmp_path, data_dir, flag, says):
+    vary = ['--vary=depth'] if 'depths' in flag else []
+    assert says in refused(run('coord_check.py', flag, *vary, f'--data_dir={data_dir}',
+                               '--vocab_size=512', cwd=tmp_path))
+    assert not list(tmp_path.iterdir())

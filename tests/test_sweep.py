@@ -1,0 +1,177 @@
+"""sweep.py: trials in processes of their own, resumed after a kill, and what their losses say."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, refused, run
+
+import sweep
+
+CONFIG = """
+n_layer, n_head, n_kv_head, n_embd, n_ffn, vocab_size = 1, 1, 1, 32, 80, 512
+phases = [
+    {'name': 'stable', 'steps': 12, 'batch': 2, 'block_size': 32, 'data': {'stdlib': 1.0},
+     'optimizer': 'adamw', 'warmup': 3, 'decay': 'constant', 'lr': (0, 1, 1)},
+    {'name': 'decay', 'steps': 6, 'batch': 2, 'block_size': 32, 'data': {'stdlib': 1.0},
+     'optimizer': 'muon', 'decay': 'exponential', 'lr': (0, 1, 0.1)},
+]
+compile = False
+"""
+
+
+@pytest.fixture
+def config(tmp_path, data_dir):
+    (tmp_path / 'small.py').write_text(CONFIG + f'data_dir = {os.fspath(data_dir)!r}\n')
+    return '--config=small.py'
+
+
+def told(tmp_path, name='transfer'):
+    """The result file of a sweep, without what a clock decides."""
+    found = json.loads((tmp_path / f'results/{name}/{name}.json').read_text())
+    return {k: v for k, v in found.items() if k not in ('hours_of_a_core', 'command')}
+
+
+def lines(tmp_path, name='transfer'):
+    file = tmp_path / 'results' / name / 'trials.jsonl'
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+TRANSFER = ['transfer', '--widths=32,64', '--exponents=-7,-6', '--seeds=2', '--rules=sp']
+
+
+def test_a_killed_sweep_goes_on_and_ends_in_the_same_table(tmp_path, config):
+    whole, broken = tmp_path / 'whole', tmp_path / 'broken'
+    for folder in (whole, broken):
+        folder.mkdir()
+        (folder / 'small.py').write_text((tmp_path / 'small.py').read_text())
+    unbroken = run('sweep.py', *TRANSFER, config, cwd=whole)
+    assert (unbroken.returncode, unbroken.stderr) == (0, '')
+    assert len(lines(whole)) == 8 and {line['status'] for line in lines(whole)} == {'ok'}
+    for sign, at_least in ((signal.SIGTERM, 2), (signal.SIGKILL, 5)):
+        process = subprocess.Popen(
+            [sys.executable, ROOT / 'sweep.py', *TRANSFER, config], cwd=broken, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        while len(lines(broken)) < at_least and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(sign)
+        _, error = process.communicate()
+        if sign == signal.SIGTERM:
+            assert error.startswith('sweep.py: stopped') and error.count('\n') == 1
+    stood = lines(broken)
+    with open(broken / 'results/transfer/trials.jsonl', 'a') as f:
+        f.write('{"flags": ["small.py", "--n_em')                 # as a kill may leave it
+    resumed = run('sweep.py', *TRANSFER, config, cwd=broken)
+    assert resumed.returncode == 0 and 5 <= len(stood) < 8
+    assert lines(broken)[:len(stood)] == stood and len(lines(broken)) == 8
+    assert told(broken) == told(whole)
+    tables = [done.stdout.rpartition('\n\n')[0] for done in (unbroken, resumed)]
+    assert tables[0] == tables[1] and 'sp: loss by log2 of lr' in tables[0]
+
+
+def test_failures_and_nans_are_recorded_and_only_failures_tried_again(tmp_path, config):
+    command = ['transfer', '--widths=32', '--exponents=60,60', '--seeds=1', '--rules=sp']
+    nan = run('sweep.py', *command, config, cwd=tmp_path)
+    line, = lines(tmp_path)
+    assert nan.returncode == 0 and (line['status'], line['loss']) == ('nan', None)
+    assert ' has loss ' in line['error'] and 'nan: train.py' in nan.stdout
+    run('sweep.py', *command, config, cwd=tmp_path)
+    assert lines(tmp_path) == [line]
+    failed = run('sweep.py', *command, '--name=failing', '--flags=--device=nowhere', config,
+                 cwd=tmp_path)
+    assert failed.returncode == 2 and "device='nowhere' cannot be used" in failed.stderr
+    assert lines(tmp_path, 'failing')[0]['status'] == 'failed'
+    file = tmp_path / 'results/transfer/trials.jsonl'            # had a disk been full, say
+    file.write_text(json.dumps({**line, 'status': 'failed', 'error': ''}) + '\n')
+    run('sweep.py', *command, config, cwd=tmp_path)
+    assert [x['status'] for x in lines(tmp_path)] == ['nan']
+
+
+def test_muon_goes_on_from_one_stable_run_a_width(tmp_path, config):
+    command = ['transfer', '--optimizer=muon', '--widths=32,64', '--exponents=-6,-6', '--seeds=1',
+               '--name=muon', '--rules=1/m,const']
+    done = run('sweep.py', *command, config, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, '')
+    stable = (tmp_path / 'out/sweep/muon').glob('*/*.pt')
+    assert [file.name for file in stable] == ['step_12.pt'] * 2
+    assert [len(line['losses']) for line in lines(tmp_path, 'muon')] == [6] * 4
+    first = {line['losses'][0] for line in lines(tmp_path, 'muon')}
+    assert len(first) == 2                                       # one a width, whatever the scaling
+    assert len({line['loss'] for line in lines(tmp_path, 'muon')}) == 4
+
+
+def test_search_is_the_same_resumed_and_shows_what_its_best_becomes(tmp_path, config):
+    command = ['search', '--trials=4', '--steps=6', '--jobs=2', config]
+    for sampler in ('tpe', 'sobol'):
+        if sampler == 'tpe':
+            pytest.importorskip('optuna')
+        name = f'--name={sampler}'
+        whole = run('sweep.py', *command, f'--sampler={sampler}', name, cwd=tmp_path)
+        assert (whole.returncode, whole.stderr) == (0, '')
+        file = tmp_path / 'results' / sampler / 'trials.jsonl'
+        stood = file.read_text()
+        file.write_text(''.join(stood.splitlines(True)[:3]))
+        again = run('sweep.py', *command, f'--sampler={sampler}', name,
+                    f'--apply={ROOT / "config/xmodel25.py"}', cwd=tmp_path)
+        assert again.stdout.startswith(whole.stdout) and len(lines(tmp_path, sampler)) == 4
+        losses = sorted(line['loss'] for line in lines(tmp_path, sampler))
+        best = json.loads((tmp_path / f'results/{sampler}/search.json').read_text())
+        assert best['loss'] == losses[0] and set(best['best']) == set(sweep.RANGES)
+        fragment = '\n'.join(f'{k} = {v!r}' for k, v in best['best'].items())
+        assert fragment in whole.stdout
+        # at m = 6 by the authors' rules, 48 layers
+        assert '\n-learning_rate = 0.01\n' in again.stdout
+        for sign, has in (('-', {'learning_rate': 0.01, 'init_std': 0.1}), ('+', best['best'])):
+            lr, std = has['learning_rate'] / 6, has['init_std'] / math.sqrt(6)
+            assert f"\n{sign}# matrix     init std {std:.4g}, lr {lr:.4g}, Muon's lr {lr:.4g}\n" \
+                in again.stdout
+
+
+def entries(losses):
+    return {key: {'loss': loss, 'losses': [9.0] * 30, 'seconds': 1} for key, loss in losses.items()}
+
+
+def test_the_price_of_transfer_is_by_seed_and_at_the_best_of_all_seeds():
+    losses = {('r', 64, e, s): loss for e, pair in ((-8, (3, 3.2)), (-7, (2.9, 3.4)), (-6, (4, 4)))
+              for s, loss in enumerate(pair)}
+    losses |= {('r', 128, e, s): loss for e, pair in ((-8, (2.5, 2.6)), (-7, (2.3, 2.5)),
+                                                      (-6, (None, 2)))
+               for s, loss in enumerate(pair)}
+    losses['r', 128, -9, 0] = 0                                  # a single seed decides nothing
+    summary = sweep.summarise(entries(losses), ['r'], [64, 128])['r']
+    assert summary['carried'] == -8                              # 3.1 against 3.15
+    assert summary['sizes'][64]['price'] == [0, 0]
+    assert summary['sizes'][128]['best'] == -7                   # a NaN is no good mean
+    assert summary['sizes'][128]['price'] == pytest.approx([0.2, 0.1])
+    assert len(summary['sizes'][128]['curve']) == 11
+
+
+@pytest.mark.parametrize('argv, says', [
+    ([], "'' should be search or transfer"), (['serach'], "'serach' should be search or transfer"),
+    (['transfer', '--widths=64,x'], "widths='64,x' should be"),
+    (['transfer', '--depths=0'], "depths='0' should be"),
+    (['transfer', '--exponents=-4,-9'], "exponents='-4,-9' should be"),
+    (['transfer', '--exponents=3'], "exponents='3' should be"),
+    (['transfer', '--rules=textbook,logit'], "mup_break='logit' should be a rule of µP"),
+    (['transfer', '--optimizer=muon', '--rules=textbook'], 'muon_lr_scaling=textbook'),
+    (['transfer', '--grid=lrs'], "--grid=lrs: 'lrs' should be one of"),
+    (['transfer', '--flags=--n_lyer=3'], 'unknown key'), (['transfer', '--config=no.py'], 'no.py'),
+    (['transfer', "--flags='"], 'flags'), (['search', '--trials=0'], 'trials=0 should be'),
+    (['search', '--apply=no.py'], 'no.py'), (['transfer', '--name=a/../../b'], 'name'),
+])
+def test_a_mistake_gets_one_line_and_leaves_nothing(tmp_path, config, argv, says):
+    before = set(os.listdir(tmp_path))
+    flags = [] if any(a.startswith('--config') for a in argv) else [config]
+    assert says in refused(run('sweep.py', *argv, *flags, cwd=tmp_path))
+    assert set(os.listdir(tmp_path)) == before
+
+
+def test_lines_that_are_no_trials_are_refused(tmp_path, config):
+    (tmp_path / 'results/transfer').mkdir(parents=True)
+    (tmp_path / 'results/transfer/trials.jsonl').write_text('{"flags": 3}\n')
+    assert 'trials.jsonl: not the line of a trial' in refused(
+        run('sweep.py', *TRANSFER, config, cwd=tmp_path))
