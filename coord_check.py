@@ -3,18 +3,19 @@
     python coord_check.py                        # the textbook's rules: all rows hold, exit code 0
     python coord_check.py --break=lr_hidden      # one rule broken: a row fails, exit code 1
     python coord_check.py --mup_rules=authors    # or sp
-    python coord_check.py --optimizer=muon       # which power of the width Muon's lr should take
+    python coord_check.py --optimizer=muon       # three scalings of Muon's lr, of which one holds
     python coord_check.py --vary=depth           # or head_size: what else grows with a model
 
 A model of each width takes a few small AdamW steps; after each, the same text is read again. µP
 holds if no activation's size, nor its change since init, depends on the width: the slope of log
-size over log width is 0 (Tensor Programs V, arXiv 2203.03466, app. D.1). A slope of 0.5 makes an
-activation 2.4 times as large at m = 6. The learning rates are small, so that five steps stay near
-init, where each rule shows alone; at 0.01 without warmup they lead far away, whatever the rules.
-Slopes and figures go to results/coord_check/, for plot.py.
+size over log width is 0 (Tensor Programs V, arXiv 2203.03466, app. D.1), but for the final logits,
+where theory has -0.5 at init. A slope of 0.5 makes an activation 2.4 times as large at m = 6.
+The learning rates are small, so that five steps stay near init, where each rule shows alone; at
+0.01 without warmup they lead far away, whatever the rules. Gradients are clipped and weights
+decayed as in train.py. Slopes and figures go to results/coord_check/, for plot.py.
 """
 import json
-import math
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -33,43 +34,21 @@ from muon import make_optimizers, step_all
 mup_rules = 'textbook'        # 'textbook' | 'authors' | 'sp'
 break_ = ''                   # a rule of model.mup_table to break, with --break=RULE
 optimizer = 'adamw'           # 'adamw' | 'muon': muon with each muon_lr_scaling
-vary = 'auto'                 # 'auto' | 'heads' | 'head_size' | 'depth': heads of one size make a
-                              # model wide, or four of growing size; auto: where the rule acts
+vary = 'auto'                 # 'auto' | 'heads' | 'head_size' | 'depth': what makes a model larger:
+                              # more heads of 64, four larger ones, blocks; auto: where a rule acts
 widths = '64,128,256,512'
-depths = '2,4,8,16,32'        # at a width of 128
+depths = ''                   # of models 128 wide, for vary='depth'; '': 2,4,8,16,32
 n_layer = 4
 steps = 5
 seeds = 3                     # each another init and other text
-learning_rate = 2**-11        # before µP's factors; with depths a quarter of it, and four times for
-                              # Muon, whose update has a fifth of AdamW's size
+learning_rate = 2**-11        # before µP's factors; over depths a quarter of it, and for Muon four
+                              # times, as its update has RMS 0.2 where AdamW's begins with 1
 embedding_lr = 2**-11
 batch_size = 4
 block_size = 128
 vocab_size = 1024
 data_dir = 'data/nano'        # text is Python's library, as in config/nano.py
 out = 'results/coord_check'   # folder for the JSON files
-
-WHY = {
-    'logits': """\
-Tied logits start at -0.5: they sum n_embd independent terms and are divided by m, not sqrt(m). That
-is the theory and no fault. What is learned is aligned with the embedding and sums without the root:
-the slope of their change comes from -0.5 towards 0 as training goes on. It may not pass 0.""",
-    'head_size': """\
-So do the attention logits where heads grow: q·k sums head_size terms and is divided by them.""",
-    'depth': """\
-AdamW moves every block by the same amount, so with branches times 1/sqrt(L) the residual stream
-changes by up to L / sqrt(L), slope 0.5; without the factor by L. Tensor Programs VI (arXiv
-2310.02244) divides the learning rate by sqrt(L) as well, for a slope of 0; Xmodel-2.5 does not.""",
-    'muon': """\
-Muon's update has a spectral norm of 0.2 sqrt(max(rows, cols)) lr, whatever the gradient, and moves
-activations by lr sqrt(m). So 1/sqrt(m) keeps their change constant; const lets it grow as sqrt(m),
-and 1/m, Adam's rule, lets it shrink. Xmodel-2.5 took 1/m for its decay phase, and 1/sqrt(m) in its
-searches with Muon alone.""",
-}
-
-
-WAYS = {'heads': 'width by more heads of 64', 'head_size': 'width by four larger heads',
-        'depth': 'depth, 128 wide'}
 
 # --------------------------------------------------------------------------------------------------
 # What is looked at
@@ -92,14 +71,15 @@ class AttentionLogits(TorchFunctionMode):
 
 @torch.no_grad()
 def activations(model, idx):
-    """{quantity: its values} for idx (B, T); those of attention and FFN are of all blocks."""
+    """{quantity: its values} for idx (B, T); those of attention and FFN are of all blocks, before
+    the factor on the branch."""
     seen = {'embedding': [], 'attention logits': [], 'attention output': [], 'FFN output': [],
             'residual stream': [], 'logits': []}
 
-    def keep(quantity, out=True):
-        return lambda module, args, result=None: seen[quantity].append(result if out else args[0])
-    hooks = [model.blocks[0].register_forward_pre_hook(keep('embedding', False)),
-             model.norm.register_forward_pre_hook(keep('residual stream', False))]
+    def keep(quantity):                          # a module's output, or in a pre-hook its input
+        return lambda module, args, out=None: seen[quantity].append(args[0] if out is None else out)
+    hooks = [model.blocks[0].register_forward_pre_hook(keep('embedding')),
+             model.norm.register_forward_pre_hook(keep('residual stream'))]
     for block in model.blocks:
         hooks += [block.attn.register_forward_hook(keep('attention output')),
                   block.ffn.register_forward_hook(keep('FFN output'))]
@@ -120,15 +100,18 @@ def coordinates(c, batches, kind, lrs, seed):
     model = Xmodel(c)
     optimizers = make_optimizers(kind, model.param_groups())
     init = activations(model, batches[0][0])
-    told = [{quantity: (x.abs().mean().item(), 0.0) for quantity, x in init.items()}]
+
+    def figures():
+        now = activations(model, batches[0][0])
+        return {quantity: [float(f'{figure:.5g}') for figure in (
+                    x.abs().mean(), (x - init[quantity]).square().mean().sqrt())]
+                for quantity, x in now.items()}
+    told = [figures()]
     for x, y in batches:
         model(x, y)[1].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         step_all(optimizers, lrs)
-        now = activations(model, batches[0][0])
-        told.append({quantity: (x.abs().mean().item(),
-                                (x - init[quantity]).square().mean().sqrt().item())
-                     for quantity, x in now.items()})
+        told.append(figures())
     return told
 
 
@@ -138,9 +121,11 @@ def coordinates(c, batches, kind, lrs, seed):
 def bounds(quantity, vary):
     """((low, high) of the slope of the size at init, the same of the change), None: anything."""
     if vary == 'depth':
-        return {'residual stream': ((-1, 0.1), (-0.2, 0.5))}.get(quantity, (None, None))
+        return {'residual stream': ((-0.5, 0.1), (-0.2, 0.5))}.get(quantity, (None, None))
     if quantity == 'logits' or (quantity == 'attention logits' and vary == 'head_size'):
         return (-0.6, -0.4), (-0.7, 0.2)
+    if quantity == 'attention output' and vary == 'head_size':     # moved in part by those logits
+        return (-0.2, 0.1), (-0.4, 0.2)
     return (-0.1, 0.1), (-0.2, 0.2)
 
 
@@ -151,104 +136,149 @@ def slope(sizes, values):
     return ((x * y).sum() / x.square().sum()).item()
 
 
+def shape(size, vary):
+    """XmodelConfig's arguments for a width, or a depth: heads of 64, or four of growing size."""
+    if vary == 'depth':
+        return {'n_layer': size}
+    if vary == 'heads' and size > 64 and size % 64:
+        raise ValueError(f'width {size} is not made of heads of 64')
+    return {'n_embd': size, 'n_ffn': 5 * size // 2,
+            'n_head': 4 if vary == 'head_size' else max(1, size // 64)}
+
+
 def sizes_of(vary):
-    knob, text = ('depths', depths) if vary == 'depth' else ('widths', widths)
-    return int_list(knob, text, 2)
+    if vary == 'depth':
+        return sorted(int_list('depths', depths or '2,4,8,16,32', 2))
+    return sorted(int_list('widths', widths, 2))
 
 
 def config_of(size, vary, scaling):
-    shape = {'n_layer': size, 'n_embd': 128, 'n_head': 2} if vary == 'depth' else \
-        {'n_layer': n_layer, 'n_embd': size, 
-         'n_head': 4 if vary == 'head_size' else max(1, size // 64)}
-    return XmodelConfig(**shape, n_kv_head=1, n_ffn=5 * shape['n_embd'] // 2, mup_rules=mup_rules,
-                        vocab_size=vocab_size, block_size=block_size, mup_break=break_,
-                        muon_lr_scaling=scaling)
+    return XmodelConfig(**{'n_layer': n_layer, **shape(128, 'heads'), **shape(size, vary)},
+                        n_kv_head=1, mup_rules=mup_rules, mup_break=break_,
+                        vocab_size=vocab_size, block_size=block_size, muon_lr_scaling=scaling)
+
+
+def some_batches(data, seed):
+    return [get_batch(data, {'stdlib': 1.0}, range(t * batch_size, (t + 1) * batch_size),
+                      block_size, seed) for t in range(steps)]
 
 
 def check(data, vary, scaling):
-    """Run one table's models -> {sizes, and for each quantity its figures, slopes and verdict}."""
-    sizes = sizes_of(vary)
-    lr = learning_rate / (4 if vary == 'depth' else 1) * (4 if optimizer == 'muon' else 1)
-    lrs = {'learning_rate': lr, 'embedding_lr': embedding_lr / (4 if vary == 'depth' else 1)}
-    configs = {size: config_of(size, vary, scaling) for size in sizes}
-    told, bar = {}, tqdm(total=len(sizes) * seeds, unit='model', disable=None)
+    """Run one table's models -> {sizes, lrs, rows}; a row has a quantity's figures and verdict."""
+    sizes, scale = sizes_of(vary), 1 / 4 if vary == 'depth' else 1
+    lrs = {'learning_rate': learning_rate * scale * (4 if optimizer == 'muon' else 1),
+           'embedding_lr': embedding_lr * scale}
+    runs, bar = {}, tqdm(total=len(sizes) * seeds, unit='model', disable=None)
     for size in sizes:
         for seed in range(seeds):
-            batches = [get_batch(data, {'stdlib': 1.0}, range(t * batch_size, (t + 1) * batch_size),
-                                 block_size, seed) for t in range(steps)]
-            told[size, seed] = coordinates(configs[size], batches, optimizer, lrs, seed)
+            runs[size, seed] = coordinates(config_of(size, vary, scaling),
+                                           some_batches(data, seed), optimizer, lrs, seed)
             bar.update()
     bar.close()
     rows = {}
-    for quantity in told[sizes[0], 0][0]:
-        figures = {kind: [[[told[size, seed][t][quantity][i] for t in range(steps + 1)]
-                           for seed in range(seeds)] for size in sizes]         # [size][seed][t]
-                   for i, kind in enumerate(('size', 'change'))}
-
-        def slopes(kind, t):
-            return [slope(sizes, [of_size[seed][t] for of_size in figures[kind]])   # noqa: B023
-                    for seed in range(seeds)]
-        size = [sum(slopes('size', t)) / seeds for t in range(steps + 1)]
-        change = [sum(slopes('change', t)) / seeds for t in range(1, steps + 1)]
-        spread = max(max(s) - min(s) for s in (slopes('size', 0), slopes('change', steps)))
+    for quantity in runs[sizes[0], 0][0]:
+        row = {kind: [[[step[quantity][i] for step in runs[size, seed]] for seed in range(seeds)]
+                      for size in sizes] for i, kind in enumerate(('size', 'change'))}
+        slopes = {kind: [[slope(sizes, [of_size[seed][t] for of_size in row[kind]])
+                          for seed in range(seeds)] for t in range(steps + 1)]
+                  for kind in ('size', 'change')}                 # [t][seed]
+        size_slopes = [round(sum(of_seeds) / seeds, 4) for of_seeds in slopes['size']]
+        change_slopes = [round(sum(of_seeds) / seeds, 4) for of_seeds in slopes['change'][1:]]
+        spread = max(max(of_seeds) - min(of_seeds)
+                     for of_seeds in (slopes['size'][0], slopes['change'][-1]))
         at_init, of_change = bounds(quantity, vary)
-        holds = None if at_init is None else \
-            at_init[0] <= size[0] <= at_init[1] and \
-            all(of_change[0] <= s <= of_change[1] for s in change)
-        rows[quantity] = figures | {'slopes_size': size, 'slopes_change': change, 'spread': spread,
-                                    'bounds': (at_init, of_change), 'holds': holds}
+        holds = None if at_init is None else at_init[0] <= size_slopes[0] <= at_init[1] and \
+            all(of_change[0] <= s <= of_change[1] for s in change_slopes)
+        rows[quantity] = row | {'size_slopes': size_slopes, 'change_slopes': change_slopes,
+                                'spread': round(spread, 4), 'bounds': [at_init, of_change],
+                                'holds': holds}
     return {'sizes': sizes, 'lrs': lrs, 'rows': rows}
 
 
-def print_table(told):
+WHY = {
+    'logits': """\
+Logits start at -0.5: all but the input token's own sum n_embd independent terms, and are divided by
+m, not sqrt(m). That is the theory and no fault (an untied output could start at 0). What is learned
+is aligned with the embedding and does not shrink, but five small steps hardly leave -0.5.""",
+    'head_size': """\
+Where heads grow, so do the attention logits: q·k sums head_size terms and is divided by head_size,
+for the sake of what comes to be aligned. The check shows which rule is in force, and cannot show
+which is right: in heads of 16 to 64 the slope is still near -0.5 after 60 steps at 0.004.""",
+    'depth': """\
+AdamW moves every block by the same amount, so with branches times 1/sqrt(L) the residual stream
+changes by up to L / sqrt(L), slope 0.5; without the factor by L. Tensor Programs VI (arXiv
+2310.02244) divides the learning rate by sqrt(L) as well, for a slope of 0; Xmodel-2.5 does not.
+At init branches shrink by 1/sqrt(2 L) more: a deep stream begins as little but the embedding.""",
+    'muon': """\
+Muon's update has a spectral norm of 0.2 sqrt(max(rows, cols)) lr, whatever the gradient, and moves
+activations by lr sqrt(m): const lets their change grow as sqrt(m), 1/sqrt(m) keeps it, and 1/m,
+Adam's rule, lets it shrink. Xmodel-2.5 took 1/m for its decay phase, and 1/sqrt(m) in its searches
+with Muon alone.""",
+}
+WAYS = {'heads': 'width by more heads of 64', 'head_size': 'width by four larger heads',
+        'depth': 'depth, 128 wide'}
+
+
+def print_table(table):
     changes = ' '.join(f'{t:>5}' for t in range(1, steps + 1))
-    print(f'{told["title"]}, {seeds} seeds\n'
-          f'slope over {", ".join(map(str, told["sizes"]))} of the size |x| and of its change\n'
-          f'{"":17} at init   at end  {changes}  spread')
-    for quantity, row in told['rows'].items():
-        print(f'{quantity:17}', *(f'{row["slopes_size"][t]:+8.2f}' for t in (0, -1)), '',
-              *(f'{s:+.2f}' for s in row['slopes_change']), f'{row["spread"]:7.2f}  '
+    print(f'{table["title"]}, {seeds} seeds\n'
+          f'slopes over {", ".join(map(str, table["sizes"]))}; spread: most over seeds, first and '
+          f'last\n{"":18} |x| at init, end  change after step\n{"":37}{changes}  spread')
+    for quantity, row in table['rows'].items():
+        print(f'{quantity:17}', *(f'{row["size_slopes"][t]:+8.2f}' for t in (0, -1)), ' ',
+              *(f'{s:+.2f}' for s in row['change_slopes']), f'{row["spread"]:7.2f}  '
               + {True: 'holds', False: 'FAILS', None: 'not judged'}[row['holds']])
     print()
 
 
 def main():
-    check_range(globals(), 1, 2**63, 'steps', 'seeds', 'n_layer', 'batch_size', 'block_size')
-    check_range(globals(), 0, math.inf, 'learning_rate', 'embedding_lr')
-    varied = [vary] if vary != 'auto' else ['depth'] if break_ == 'residual_depth' else \
-        ['heads', 'head_size'] if break_ in ('attn_scale', 'attn_const') else ['heads']
+    check_range(globals(), 1, 2**31, 'steps', 'seeds', 'n_layer', 'batch_size', 'vocab_size')
+    check_range(globals(), 1, 4097, 'block_size')                # q·k is kept whole
+    check_range(globals(), 2**-60, 2**60, 'learning_rate', 'embedding_lr')
+    if optimizer == 'muon' and (mup_rules == 'sp' or break_ in ('lr_hidden', 'gain_lr')):
+        fail(f"with optimizer='muon', {break_ or mup_rules} is no rule of its own: "
+             'the three scalings of its lr are in the table without')
+    kind = vary if vary != 'auto' else 'depth' if depths or break_ == 'residual_depth' else \
+        'head_size' if break_ in ('attn_scale', 'attn_const') else 'heads'
     scalings = ('1/m', '1/sqrt(m)', 'const') if optimizer == 'muon' else ('1/sqrt(m)',)
     try:
-        for kind in varied:
-            for size in sizes_of(kind):
-                config_of(size, kind, scalings[0])
+        for size in sizes_of(kind):
+            config_of(size, kind, scalings[0])
         prepare_missing(data_dir, ['stdlib'], {'stdlib': 'stdlib --max_mb=2'}, vocab_size)
         data = open_data(data_dir, ['stdlib'], vocab_size)
+        some_batches(data, 0)
     except ValueError as e:
         fail(e)
+    Path(out).mkdir(parents=True, exist_ok=True)
     failed = 0
-    for kind in varied:
-        for scaling in scalings:
-            told = check(data, kind, scaling)
-            told |= {'kind': 'coord_check', 'vary': kind, 'seeds': seeds, 'title': ', '.join([
-                mup_rules + f', {break_} broken' * bool(break_), WAYS[kind],
-                f'{steps} steps of {optimizer}'
-                + f', its lr scaled {scaling}' * (optimizer == 'muon')]),
-                'command': f'python coord_check.py {shlex.join(sys.argv[1:])}',
-                'torch': torch.__version__}
-            print_table(told)
-            failed += sum(row['holds'] is False for row in told['rows'].values())
-            parts = [f'muon-{scaling}'.replace('/', '_over_') * (optimizer == 'muon'),
-                     break_ or mup_rules, kind * (kind != 'heads')]
-            file = Path(out, '-'.join(filter(None, parts)) + '.json')
-            file.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(file, lambda f: f.write(json.dumps(told).encode()))    # noqa: B023
-    for why, said in (('logits', varied != ['depth']), ('head_size', 'head_size' in varied),
-                      ('depth', varied == ['depth']), ('muon', optimizer == 'muon')):
-        print(*[WHY[why]] if said else [], end='\n' * said)
+    for scaling in scalings:
+        rules = ', '.join([mup_rules] * (mup_rules != 'textbook' or not break_)
+                          + [f'{break_} broken'] * bool(break_))
+        muon = f', its lr scaled {scaling}' * (optimizer == 'muon')
+        table = check(data, kind, scaling) | {
+            'kind': 'coord_check', 'vary': kind, 'seeds': seeds, 'rules': rules + muon,
+            'title': f'{rules}: {WAYS[kind]}, {steps} steps of {optimizer}{muon}',
+            'command': shlex.join(['python', 'coord_check.py', *sys.argv[1:]]),
+            'torch': torch.__version__}
+        print_table(table)
+        failed += sum(row['holds'] is False for row in table['rows'].values())
+        names = [mup_rules] * (mup_rules != 'textbook' or not break_) + [break_] * bool(break_) \
+            + [kind] * (kind != 'heads') + ['muon', scaling] * (optimizer == 'muon')
+        file = Path(out, re.sub(r'[^\w-]+', '_', '-'.join(names)).strip('_') + '.json')
+        replace_file(file, lambda f: f.write(json.dumps(table).encode()))       # noqa: B023
+    print(WHY['depth' if kind == 'depth' else 'logits'])
+    if kind == 'head_size':
+        print(WHY['head_size'])
+    if optimizer == 'muon':
+        print(WHY['muon'])
     sys.exit(1 if failed else 0)
 
 
 if __name__ == '__main__':
     configure(globals())
-    main()
+    try:
+        main()
+    except OSError as e:
+        fail(f'{e.filename or out}: {e.strerror}')
+    except KeyboardInterrupt:
+        sys.exit('coord_check.py: stopped')

@@ -61,7 +61,7 @@ class XmodelConfig:
 class Rule(NamedTuple):
     """What µP prescribes for one role in the network; None where the role has no such thing."""
     init_std: float | None       # std of the normal init (a gain starts at exactly 1)
-    multiplier: float            # factor in the forward pass
+    multiplier: float | None     # factor in the forward pass
     lr_knob: str | None          # which learning rate it follows: 'learning_rate' or 'embedding_lr'
     lr_mult: float | None        # factor on that learning rate, under AdamW
     muon_lr_mult: float | None   # the same where Muon has taken over
@@ -78,17 +78,19 @@ def mup_table(c):
     lr sqrt(m): its lr goes as 1/sqrt(m) (`python coord_check.py --optimizer=muon`).
 
     'textbook' is Tensor Programs V, table 8 (Adam), with the embedding tied to the output. Of depth
-    it has 1/sqrt(L) on residual branches, as in Tensor Programs VI (arXiv 2310.02244), and GPT-2's
-    1/sqrt(2 L) in the init of what they put out. 'authors' is Xmodel-2.5's released code: two of
-    the textbook's rules broken, which changes nothing at the base width (m = 1). 'sp' is standard
-    parametrisation, with nanoGPT's init. mup_break breaks one rule more, named in `broken`.
+    it has 1/sqrt(L) on residual branches, as in Tensor Programs VI (arXiv 2310.02244), but not its
+    1/sqrt(L) on the learning rate, and GPT-2's 1/sqrt(2 L) in the init of a branch's last matrix.
+    'authors' is Xmodel-2.5's released code: two of the textbook's rules broken, which changes
+    nothing at the base width (m = 1). 'sp' is standard parametrisation, with nanoGPT's init.
+    mup_break breaks one rule more, named in `broken`. m is every matrix's, so n_ffn and n_kv_head
+    should grow with n_embd. Weight decay follows the learning rate, so it falls as 1/m on matrices.
     """
     m = c.n_embd / c.mup_base_width                     # width multiplier, 6 for the 1.3B model
     L, std, lr, emb = c.n_layer, c.init_std, 'learning_rate', 'embedding_lr'
     branch = c.residual_scale / math.sqrt(L)
     muon = {'1/m': 1 / m, '1/sqrt(m)': 1 / math.sqrt(m), 'const': 1}.get(c.muon_lr_scaling)
     textbook = {
-        #                  init std                  multiplier          learning rate     decay
+        #                  init std                  multiplier          lr knob, lr, Muon's, decay
         'embedding':  Rule(std,                      c.input_scale,      emb,  1,   None,  True),
         'matrix':     Rule(std / math.sqrt(m),       None,               lr, 1 / m, muon,  True),
         'branch_out': Rule(std / math.sqrt(2*L * m), branch,             lr, 1 / m, muon,  True),
@@ -102,15 +104,15 @@ def mup_table(c):
         'lr_hidden':      {'matrix': {'lr_mult': 1}, 'branch_out': {'lr_mult': 1}},
         'embedding_lr':   {'embedding': {'lr_mult': 1 / m}},
         'logits':         {'logits': {'multiplier': c.output_scale}},
-        'attn_scale':     {'attention': {'multiplier': 1 / math.sqrt(c.hd)}},
-        'attn_const':     {'attention': {'multiplier': 1 / math.sqrt(64)}},
+        'attn_scale':     {'attention': {'multiplier': 1 / math.sqrt(64 * c.hd)}},
+        'attn_const':     {'attention': {'multiplier': 1 / 64}},     # all the same at heads of 64
         'residual_depth': {'branch_out': {'multiplier': c.residual_scale}},
     }
-    std = std / 5                                       # 0.02 where µP has its default, 0.1
+    sp_std = std / 5                                    # 0.02 where µP has its default, 0.1
     sp = {
-        'embedding':  Rule(std,                      1,                  lr,   1,   None,  True),
-        'matrix':     Rule(std,                      None,               lr,   1,   1,     True),
-        'branch_out': Rule(std / math.sqrt(2*L),     1,                  lr,   1,   1,     True),
+        'embedding':  Rule(sp_std,                   1,                  lr,   1,   None,  True),
+        'matrix':     Rule(sp_std,                   None,               lr,   1,   1,     True),
+        'branch_out': Rule(sp_std / math.sqrt(2*L),  1,                  lr,   1,   1,     True),
         'gain':       Rule(None,                     None,               lr,   1,   None,  False),
         'attention':  Rule(None,                     1 / math.sqrt(c.hd), None, None, None, None),
         'logits':     Rule(None,                     c.output_scale,     None, None, None, None),

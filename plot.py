@@ -4,11 +4,10 @@
     python plot.py out/proxy20m                          # writes out/proxy20m/loss.png
     python plot.py out/adamw out/muon --png=decay.png    # runs over one another, against tokens
     python plot.py results/transfer                      # of sweep.py: transfer.png in that folder
-    python plot.py results/coord_check                   # of coord_check.py: a row for each table
+    python plot.py results/coord_check                   # of coord_check.py: heads.png and so on
     python plot.py results/coord_check/textbook.json results/coord_check/sp.json --png=check.png
 """
 import json
-import math
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -51,7 +50,7 @@ def save(figure, png, default):
 
 # --- runs of train.py ---
 
-def plot_loss(runs, png):
+def plot_loss(runs, png, default):
     """Write the picture: loss over learning rate, against tokens; the first run's phases."""
     plt = pyplot()
     logs = [read_log(run) for run in runs]
@@ -80,13 +79,13 @@ def plot_loss(runs, png):
         top.text((left + right) / 2, 1.01, name, transform=top.get_xaxis_transform(), ha='center',
                  rotation=90 if right - left < most / 16 else 0)
         left = right
-    # the first steps come down from ln(vocab_size); to show them would flatten all the rest
+    # the first steps come down from 20 or so; to show them would flatten all the rest
     top.set(ylabel='loss (nats a token)',
             ylim=(None, max(e['loss'] for log in logs for e in log[len(log) // 25:])))
     top.legend(fontsize='small')
     bottom.set(xlabel='tokens', ylabel='learning rate', xlim=(0, most * 1.01), ylim=(0, None))
     bottom.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter())
-    save(figure, png, Path(runs[0], 'loss.png'))
+    save(figure, png, default)
 
 
 # --- results of sweep.py and coord_check.py ---
@@ -98,13 +97,13 @@ def read_results(path):
     for file in files:
         try:
             told = json.loads(file.read_text(encoding='utf-8'))
-            if told['kind'] in ('transfer', 'coord_check', 'search'):
+            if told['kind'] in ('transfer', 'coord_check'):
                 found.append((file, told))
         except OSError as e:
             fail(f'{file}: {e.strerror}; give a run of train.py (out/RUN) or results/NAME')
         except (ValueError, KeyError, TypeError):
             fail(f'{file} is no result of sweep.py or coord_check.py')
-    return found or fail(f'{path} holds neither a log.jsonl nor results (.json)')
+    return found or fail(f'{path} holds no log.jsonl, and no transfer or check to draw')
 
 
 def plot_transfer(told, png, default):
@@ -112,49 +111,53 @@ def plot_transfer(told, png, default):
     rules, grid, axis = told['rules'], told['grid'], told['axis']
     figure, axes = pyplot().subplots(2, len(rules), figsize=(1.5 + 3.25 * len(rules), 6),
                                      sharey='row', squeeze=False, layout='constrained')
-    lowest = min(x for rule in rules.values() for row in rule['sizes'].values()
-                 for losses in row['losses'].values() for x in losses if x is not None)
+    best = [x for rule in rules.values() for row in rule['sizes'].values()
+            for losses in row['losses'].values() for x in losses if x is not None]
+    lowest = min(best, default=0)
     for (name, rule), top, bottom in zip(rules.items(), *axes):
-        for i, (size, row) in enumerate(rule['sizes'].items()):
-            colour, label = shades(len(rule['sizes']))[i], f'{axis} {size}'
-            points = sorted((int(e), [x for x in losses if x is not None])
-                            for e, losses in row['losses'].items())
-            x = [e for e, losses in points if losses]
-            y = np.array([np.mean(losses) for _, losses in points if losses])
-            off = [[m - min(v), max(v) - m] for m, (_, v) in zip(y, [p for p in points if p[1]])]
-            top.errorbar(x, y, np.array(off).T, color=colour, marker=MARKERS[i % 5], markersize=4,
-                         linewidth=1.2, capsize=2, label=label)
-            top.plot(row['best'], y[x.index(row['best'])], '*', color='#D55E00', markersize=13,
-                     zorder=3, label='_')
-            curve = row['curve']
-            bottom.plot(np.arange(len(curve)) + 20, curve, color=colour, linewidth=1.2, label=label)
-        price = [np.mean([x for x in row['price'] if x is not None] or [math.nan])
-                 for row in rule['sizes'].values()][-1]
-        top.axvline(rule['carried'], color='black', linewidth=0.8, linestyle=':')
-        top.set(title=f'{name}: carrying over costs {price:.3f}', xlabel=f'log2 of {grid}',
-                ylim=(lowest - 0.05, lowest + 1.3))
-        bottom.set(xlabel='step', title=f'at {grid} = 2^{rule["carried"]}')
-        bottom.set_ylim(lowest - 0.05, lowest + 2)
+        carried, sizes = rule['carried'], rule['sizes']
+        for (size, row), colour, marker in zip(sizes.items(), shades(len(sizes)), MARKERS * 3):
+            points = {int(e): [x for x in losses if x is not None]
+                      for e, losses in sorted(row['losses'].items(), key=lambda p: int(p[0]))}
+            points = {e: (np.mean(losses), min(losses), max(losses))
+                      for e, losses in points.items() if losses}   # without those that diverged
+            if points:
+                y, low, high = np.array(list(points.values())).T
+                top.errorbar(list(points), y, (y - low, high - y), color=colour, marker=marker,
+                             markersize=4, linewidth=1.2, capsize=2, label=f'{axis} {size}')
+            if row['best'] in points:
+                top.plot(row['best'], points[row['best']][0], '*', color='#D55E00', markersize=11,
+                         zorder=3)
+            bottom.plot(np.arange(len(row['curve'])) + 20, row['curve'], color=colour,
+                        linewidth=1.2)
+        price = [x for x in list(sizes.values())[-1]['price'] if x is not None]
+        costs = f'costs {np.mean(price):.3f}' if price else 'diverges'
+        top.axvline(carried, color='black', linewidth=0.8, linestyle=':')
+        top.set(title=f'{name}: $2^{{{carried}}}$ at {axis} {list(sizes)[-1]} {costs}',
+                xlabel=f'log2 of {grid}', ylim=(lowest - 0.05, lowest + 1.3))
+        bottom.set(title=f'at {grid} = $2^{{{carried}}}$', xlabel='step',
+                   ylim=(lowest - 0.05, lowest + 2))
         for panel in (top, bottom):
             panel.grid(alpha=0.25)
             panel.title.set_fontsize('medium')
     axes[0, 0].set(ylabel='loss at the end (nats a token)')
     axes[1, 0].set(ylabel='loss, mean of 20 steps')
-    axes[0, 0].legend(fontsize='small', loc='upper center')
+    if axes[0, 0].get_legend_handles_labels()[0]:
+        axes[0, 0].legend(fontsize='small', loc='upper center')
     save(figure, png, default)
 
 
 def plot_coord_check(tables, png, default):
     """A row for each table, a panel for each quantity: size at init and change at each step."""
     quantities = [q for q in tables[0]['rows'] if q != 'norm gain'       # flat but for its own rule
-                  or any(told['rows'][q]['holds'] is False for told in tables)]
+                  or any(table['rows'][q]['holds'] is False for table in tables)]
     figure, axes = pyplot().subplots(
         len(tables), len(quantities), squeeze=False, sharey='col', layout='constrained',
-        figsize=(1.55 * len(quantities), 0.6 + 1.6 * len(tables)))
-    for i, told in enumerate(tables):
-        for quantity, panel in zip(quantities, axes[i]):
-            figures, sizes = told['rows'][quantity], told['sizes']
-            size, change = (np.mean(figures[kind], axis=1).T for kind in ('size', 'change'))
+        figsize=(max(6, 1.55 * len(quantities)), 0.6 + 1.6 * len(tables)))
+    for table, panels in zip(tables, axes):
+        for quantity, panel in zip(quantities, panels):
+            row, sizes = table['rows'][quantity], table['sizes']
+            size, change = (np.mean(row[kind], axis=1).T for kind in ('size', 'change'))
             panel.plot(sizes, size[0], 'k--', linewidth=1, label='size at init')
             for t, colour in enumerate(shades(len(change) - 1), 1):
                 panel.plot(sizes, change[t], color=colour, linewidth=1.2, marker='.',
@@ -163,16 +166,14 @@ def plot_coord_check(tables, png, default):
             panel.set_xticks(sizes, sizes, fontsize=7)
             panel.minorticks_off()
             panel.tick_params(axis='y', labelsize=7)
-            title = (f'{figures["slopes_size"][0]:+.2f}, {figures["slopes_change"][0]:+.2f}'
-                     + ' ✗' * (figures['holds'] is False))
-            panel.set_title(f'{quantity}\n{title}' if i == 0 else title, fontsize=8,
-                            color='#D55E00' if figures['holds'] is False else 'black')
-            panel.set_xlabel(('depth' if told['vary'] == 'depth' else 'width')
-                             if i == len(tables) - 1 else '', fontsize=8)
-        what = told['title'].split(', ')
-        axes[i, 0].set_ylabel(what[1] if 'broken' in what[1] else what[0], fontsize=8)
-    figure.suptitle('above each panel: log-log slope of the size at init, of the change at step 1; '
-                    '✗: fails', fontsize=8)
+            slopes = f'{row["size_slopes"][0]:+.2f}, {max(row["change_slopes"], key=abs):+.2f}'
+            panel.set_title(f'{quantity}\n' * (table is tables[0]) + slopes
+                            + ' ✗' * (row['holds'] is False), fontsize=8,
+                            color='#D55E00' if row['holds'] is False else 'black')
+            panel.set_xlabel('depth' if table['vary'] == 'depth' else 'width', fontsize=8)
+        panels[0].set_ylabel(table['rules'], fontsize=8)
+    figure.suptitle('log-log slope of the size at init, and the steepest of the change; ✗: fails',
+                    fontsize=8)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=6,
                   fontsize=8)
     save(figure, png, default)
@@ -184,14 +185,23 @@ def main(paths):
         paths = [log.parent for log in paths] or fail(
             'there is no run under out/ yet; python train.py makes one')
     runs = [path for path in paths if Path(path, 'log.jsonl').exists() or not Path(path).exists()]
-    if runs:
-        plot_loss(runs, png)
     results = [found for path in paths if path not in runs for found in read_results(path)]
-    for file, told in results:
-        if told['kind'] == 'transfer':
-            plot_transfer(told, png, file.with_suffix('.png'))
-    if tables := [told for _, told in results if told['kind'] == 'coord_check']:
-        plot_coord_check(tables, png, results[0][0].with_name('coord_check.png'))
+    pictures = [(plot_loss, runs, Path(runs[0], 'loss.png'))] if runs else []
+    try:
+        for file, told in results:
+            if told['kind'] == 'transfer':
+                pictures.append((plot_transfer, told, file.with_suffix('.png')))
+        checks = [(file, told) for file, told in results if told['kind'] == 'coord_check']
+        for vary in dict.fromkeys(told['vary'] for _, told in checks):
+            tables = [told for _, told in checks if told['vary'] == vary]
+            pictures.append((plot_coord_check, tables, checks[0][0].with_name(f'{vary}.png')))
+        if png and len(pictures) > 1:
+            fail(f'png={png!r} is one file, and these are {len(pictures)} pictures')
+        for draw, what, default in pictures:
+            draw(what, png, default)
+    except (KeyError, TypeError, AttributeError, IndexError) as e:
+        fail(f'{", ".join(map(str, paths))}: results are damaged or of another version '
+             f'({type(e).__name__}: {e})')
 
 
 if __name__ == '__main__':

@@ -1,17 +1,19 @@
 """Search hyperparameters on a small model, and measure whether they transfer to a larger one.
 
     python sweep.py transfer                             # lr x width: µP beside standard, an hour
-    python sweep.py transfer --name=depth --depths=2,4,8,16 --rules=textbook,residual_depth
-    python sweep.py transfer --name=muon --optimizer=muon
+    python sweep.py transfer --depths=2,4,8,16 --rules=textbook,residual_depth
+    python sweep.py transfer --optimizer=muon            # in the decay phase
     python sweep.py search --config=config/transfer.py --trials=40 --apply=config/xmodel25.py
-    python sweep.py search                               # on the 20M proxy, at the paper's budget
+    python sweep.py search                               # the 20M proxy at the paper's budget: GPUs
 
-A trial is a run of train.py in a process of its own, and then a line of results/NAME/trials.jsonl.
-A trial that has its line is not run again: a sweep that was stopped, by whatever, goes on where it
-was when the same command is given, and ends in the same table. A trial's loss is the mean training
-loss over the last tenth of its steps: on text not seen before, the same for all trials of a seed.
+A trial is a run of train.py in a process of its own, and a line of out/sweep/NAME/trials.jsonl. One
+that has its line is not run again, unless code or text have changed: a sweep that was stopped, by
+whatever, goes on where it was when the same command is given, and ends in the same table and file
+in results/NAME/. A trial's loss is the mean training loss over the last tenth of its steps.
 """
+import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -36,11 +38,12 @@ from tqdm import tqdm
 import train
 from checkpoint import checkpoints, read_log, replace_file
 from configurator import check_range, configure, fail, int_list, knob_values
+from coord_check import shape
 from data_prep import prepare_missing
 from model import Xmodel, XmodelConfig, mup_table
 
 command = ''                  # 'search' or 'transfer'
-name = ''                     # of the folder under results/; '': as the command
+name = ''                     # of the folder under results/; '': by the command and what grows
 config = ''                   # of the trials; '': config/proxy20m.py, config/transfer.py
 flags = ''                    # more of train.py's flags for every trial, as in a shell
 steps = 0                     # of a trial; 0: as in config, in a search as in the paper
@@ -80,14 +83,15 @@ def run_trial(trial, running):
     """Run train.py with the flags `trial`; what became of it, as a dict for its line."""
     began = time.time()
     with tempfile.TemporaryDirectory() as folder:
-        run = next((flag[10:] for flag in trial if flag.startswith('--out_dir=')), f'{folder}/run')
+        run = next((flag.removeprefix('--out_dir=') for flag in trial
+                    if flag.startswith('--out_dir=')), f'{folder}/run')
         process = subprocess.Popen(
-            [sys.executable, train.__file__, *trial, f'--out_dir={run}'], text=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            [sys.executable, train.__file__, *trial, f'--out_dir={run}',
+             f'--eval_interval={2**62}', f'--checkpoint_interval={2**62}'],     # phase ends alone
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             env=os.environ | {'OMP_NUM_THREADS': '1'})             # so jobs do not change results
-        running.add(process)
+        running.append(process)
         error = (process.communicate()[1].strip().splitlines() or [''])[-1]
-        running.discard(process)
         entry = {'status': 'ok', 'loss': None, 'seconds': round(time.time() - began, 1)}
         if process.returncode:
             return entry | {'status': 'nan' if ' has loss ' in error else 'failed',
@@ -98,27 +102,24 @@ def run_trial(trial, running):
 
 
 def read_trials(file):
-    """{(hash of the config, *flags): entry} of a trials.jsonl, without a line cut off by a kill."""
+    """{(made_of, *flags): entry} of a trials.jsonl, without a line cut off by a kill."""
     found = {}
     for line in file.read_text(encoding='utf-8').splitlines(True) if file.exists() else ():
         try:
             entry = json.loads(line)
             if entry['status'] in ('ok', 'nan'):                 # one that failed is tried again
-                found[entry['config'], *entry['flags']] = entry
+                found[entry['made_of'], *entry['flags']] = entry
         except (ValueError, KeyError, TypeError):
             if line.endswith('\n'):
                 fail(f'{file}: not the line of a trial: {line[:60]!r}')
     return found
 
 
-def config_hash():
-    return hashlib.sha256(Path(config).read_bytes()).hexdigest()[:12]
-
-
 def run_trials(todo):
-    """Run trials, `jobs` at a time; yield each with its entry as it ends. Stopped, kill the rest"""
-    running, pool = set(), ThreadPoolExecutor(jobs)
-    bar = tqdm(total=len(todo), unit='trial', disable=None)
+    """Run trials, `jobs` at a time; yield each with its entry as it ends. If stopped, kill them."""
+    running, pool = [], ThreadPoolExecutor(jobs)
+    # a round of a search has the search's bar
+    bar = tqdm(total=len(todo), unit='trial', disable=None if len(todo) > jobs else True)
     try:
         futures = {pool.submit(run_trial, trial, running): trial for trial in todo}
         for future in as_completed(futures):
@@ -130,19 +131,20 @@ def run_trials(todo):
             yield trial, entry
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(running):
+        for process in running:                                  # does nothing to one that ended
             process.kill()
         bar.close()
 
 
-def results(file, wanted, starts=()):
+def results(wanted, starts=()):
     """The entries of the wanted trials (lists of flags), having run those that have none yet.
 
     One that another sweep has run is copied from there. starts: {folder: trial} of checkpoints that
     trials go on from; the trial makes a checkpoint that is missing and needed.
     """
+    file = Path('out/sweep', name, 'trials.jsonl')
     file.parent.mkdir(parents=True, exist_ok=True)
-    found, sha = read_trials(file), hashlib.sha256(Path(config).read_bytes()).hexdigest()[:12]
+    found, sha = read_trials(file), made_of()
     keys = dict.fromkeys((sha, *trial) for trial in wanted)
     for other in file.parent.parent.glob('*/trials.jsonl'):
         found |= {key: entry for key, entry in read_trials(other).items() if key in keys}
@@ -155,7 +157,7 @@ def results(file, wanted, starts=()):
         if entry['status'] != 'ok':
             fail(f'{shlex.join(trial)}: {entry["error"]}')
     for trial, entry in run_trials(todo):
-        found[sha, *trial] = {'flags': trial, 'config': sha} | entry
+        found[sha, *trial] = {'flags': trial, 'made_of': sha} | entry
         with open(file, 'a', encoding='utf-8') as f:
             f.write(json.dumps(found[sha, *trial]) + '\n')
     if failed := [found[key]['error'] for key in keys if found[key]['status'] == 'failed']:
@@ -164,11 +166,31 @@ def results(file, wanted, starts=()):
     return [found[key] for key in ((sha, *trial) for trial in wanted)]
 
 
+def write_result(file, told):
+    told |= {'kind': command, 'command': shlex.join(['python', 'sweep.py', *sys.argv[1:]]),
+             'config': config, 'made_of': made_of(), 'torch': torch.__version__}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, lambda f: f.write(json.dumps(told).encode()))
+
+
+@functools.cache
 def train_knobs(*argv):
     """train.py's knobs as these arguments set them; a mistake in them ends the program."""
     knobs = dict(vars(train))
     configure(knobs, list(argv))
     return knob_values(knobs)
+
+
+@functools.cache
+def made_of():
+    """Hash of what decides a trial's result beside its flags: config, code, torch and text."""
+    knobs = train_knobs(config, *shlex.split(flags))
+    names = dict.fromkeys(name for phase in knobs['phases'] for name in phase['data'])
+    here = Path(__file__).parent
+    parts = [Path(config).read_text(), torch.__version__,
+             *(here.joinpath(file).read_text() for file in ('model.py', 'muon.py', 'train.py')),
+             *(Path(knobs['data_dir'], name, 'meta.json').read_text() for name in names)]
+    return hashlib.sha256('\0'.join(parts).encode()).hexdigest()[:12]
 
 
 def prepare_data():
@@ -183,9 +205,13 @@ def model_config(knobs):
     return XmodelConfig(**shape)
 
 
+def phases_of_config():
+    return train_knobs(config, *shlex.split(flags))['phases']
+
+
 def first_phase(n_steps):
     """Flags by which the config's first phase is all there is, of n_steps (0: its own)."""
-    first, *others = train_knobs(config, *shlex.split(flags))['phases']
+    first, *others = phases_of_config()
     own = [f'--phases.{first["name"]}.steps={n_steps}',
            f'--phases.{first["name"]}.warmup={n_steps // 10}'] if n_steps else []
     return own + [f'--phases.{phase["name"]}.steps=0' for phase in others]
@@ -194,32 +220,36 @@ def first_phase(n_steps):
 # --------------------------------------------------------------------------------------------------
 # transfer: the grid, its optima, and what it costs to carry over the smallest model's
 
-def trial_flags(rule, size, exponent, trial_seed):
-    """train.py's flags for a point of the grid; size is a width or, with depths, a depth."""
-    base, phases = base_flags(size), train_knobs(config, *shlex.split(flags))['phases']
-    value = repr(2.0**exponent)
-    if optimizer == 'muon':
-        base += [f'--init_from={stable_folder(size)}', f'--muon_lr_scaling={rule}',
-                 f'--learning_rate={value}']
-    else:
-        knob = 'mup_rules' if rule in ('textbook', 'authors', 'sp') else 'mup_break'
-        base += [*(f'--phases.{phase["name"]}.optimizer=adamw' for phase in phases
-                   if phase['optimizer'] != 'adamw'),
-                 f'--{knob}={rule}', *(f'--{key}={value}' for key in GRIDS[grid][0])]
-    return [*base, f'--seed={trial_seed}']
-
-
 def base_flags(size):
-    n_head = max(1, size // 64) if grow == 'heads' else 4
-    shape = [f'--n_layer={size}'] if depths else \
-        [f'--n_embd={size}', f'--n_head={n_head}', f'--n_ffn={5 * size // 2}']
-    total = sum(phase['steps'] for phase in train_knobs(config, *shlex.split(flags))['phases'])
-    return [config, *shlex.split(flags), *([f'--steps_scale={steps / total!r}'] if steps else []),
-            *shape]
+    """train.py's flags for a width or, with depths, a depth."""
+    total = sum(phase['steps'] for phase in phases_of_config())
+    scale = [f'--steps_scale={steps / total!r}'] if steps else []
+    vary = 'depth' if depths else grow
+    return [config, *shlex.split(flags), *scale,
+            *(f'--{key}={value}' for key, value in shape(size, vary).items())]
 
 
-def stable_folder(size):
-    return f'out/sweep/{name}/{size}'
+def stable_trial(size):
+    """(folder, flags) of the run of the first phase from which Muon goes on."""
+    flags = [*base_flags(size), *first_phase(0), f'--seed={seed}']
+    sha = hashlib.sha256(repr([made_of(), *flags]).encode()).hexdigest()[:8]
+    folder = f'out/sweep/{name}/{size}-{sha}'
+    return folder, [*flags, f'--out_dir={folder}', '--resume']
+
+
+def rule_flag(rule):
+    return f'--muon_lr_scaling={rule}' if optimizer == 'muon' else f'--mup_rules={rule}' \
+        if rule in ('textbook', 'authors', 'sp') else f'--mup_break={rule}'
+
+
+def trial_flags(rule, size, exponent, trial_seed):
+    """train.py's flags for a point of the grid."""
+    base, value = [*base_flags(size), rule_flag(rule), f'--seed={trial_seed}'], 2.0**exponent
+    if optimizer == 'muon':
+        return [*base, f'--init_from={stable_trial(size)[0]}', f'--learning_rate={value!r}']
+    return [*base, *(f'--phases.{phase["name"]}.optimizer=adamw' for phase in phases_of_config()
+                     if phase['optimizer'] != 'adamw'),
+            *(f'--{key}={value!r}' for key in GRIDS[grid][0])]
 
 
 def summarise(entries, names, sizes):
@@ -252,11 +282,11 @@ def summarise(entries, names, sizes):
     return summary
 
 
-def mean_curve(runs, window=20):
-    """Losses of several seeds, step by step -> their mean over seeds and `window` steps."""
-    if not runs:
+def mean_curve(runs):
+    """Losses of several seeds, step by step -> their mean over the seeds and 20 steps."""
+    if not runs or len(runs[0]) < 20:
         return []
-    return [round(x, 4) for x in np.convolve(np.mean(runs, 0), np.ones(window) / window, 'valid')]
+    return [round(x, 4) for x in np.convolve(np.mean(runs, 0), np.ones(20) / 20, 'valid')]
 
 
 def print_transfer(summary, axis, warmup):
@@ -287,7 +317,7 @@ def print_transfer(summary, axis, warmup):
 def exponent_range():
     text = exponents or GRIDS[grid][1]
     pair = [int(e) for e in text.split(',')] if re.fullmatch(r'-?\d+,-?\d+', text) else [1, 0]
-    if pair[0] > pair[1]:
+    if not -60 <= pair[0] <= pair[1] <= 60:
         fail(f'exponents={text!r} should be the lowest and the highest power of two, as -12,-4')
     return pair
 
@@ -300,20 +330,25 @@ def about(told, size, first, last):
 
 def transfer(folder):
     names, (first, last) = rules.split(','), exponent_range()
-    sizes = int_list('depths', depths) if depths else int_list('widths', widths)
+    sizes = sorted(int_list('depths', depths) if depths else int_list('widths', widths))
+    if depths and grow != 'heads':
+        fail('depths and grow: models can grow in one way at a time')
+    if optimizer == 'muon' and (grid != 'lr' or not phases_of_config()[1:] or not all(
+            phase['optimizer'] == 'muon' for phase in phases_of_config()[1:])):
+        fail("optimizer='muon' needs grid='lr', and a config whose later phases are all Muon's")
+    if 'sp' in names and grid == 'embedding_lr':
+        fail("rules: 'sp' has no embedding_lr to try")
     for rule in names:
         for size in sizes:
-            model_config(train_knobs(*trial_flags(rule, size, first, seed)))     # all are possible
+            model_config(train_knobs(*base_flags(size), rule_flag(rule)))        # all are possible
     prepare_data()
-    entries, file, began = {}, folder / 'trials.jsonl', time.time()
+    entries, began = {}, time.time()
 
-    starts = {stable_folder(size): [*base_flags(size), *first_phase(0), f'--seed={seed}',
-                                    f'--out_dir={stable_folder(size)}', '--resume']
-              for size in sizes} if optimizer == 'muon' else {}
+    starts = dict(map(stable_trial, sizes)) if optimizer == 'muon' else {}
 
     def run(points):
         points = sorted(set(points), key=lambda p: -p[1])        # the longest first
-        entries.update(zip(points, results(file, [trial_flags(*p) for p in points], starts)))
+        entries.update(zip(points, results([trial_flags(*p) for p in points], starts)))
 
     # one seed everywhere, then the others about each optimum, and where the smallest one's falls
     run((r, n, e, seed) for r in names for n in sizes for e in range(first, last + 1))
@@ -328,12 +363,11 @@ def transfer(folder):
     warmup = phases[0].get('warmup', 0) * (steps or total) // total
     axis = 'depth' if depths else 'width'
     print_transfer(summary, axis, 0 if optimizer == 'muon' else warmup)
-    told = {'kind': 'transfer', 'command': 'python sweep.py ' + shlex.join(sys.argv[1:]),
-            'grid': grid, 'axis': axis, 'optimizer': optimizer, 'warmup': warmup,
-            'seeds': seeds, 'trials': len(entries), 'config': config, 'torch': torch.__version__,
+    told = {'grid': grid, 'axis': axis, 'optimizer': optimizer, 'warmup': warmup, 'seeds': seeds,
+            'trials': len(entries),
             'hours_of_a_core': round(sum(e['seconds'] for e in entries.values()) / 3600, 2),
             'rules': summary}
-    replace_file(folder / 'transfer.json', lambda f: f.write(json.dumps(told).encode()))
+    write_result(folder / 'transfer.json', told)
     print(f'\n{len(entries)} trials, {told["hours_of_a_core"]} hours of a core, '
           f'{(time.time() - began) / 60:.0f} minutes now; {folder}/transfer.json')
 
@@ -345,18 +379,17 @@ def propose(n):
     """ask(k) -> k settings to try, and tell(losses) of them: a TPE, or points that fill the space.
 
     TPE (tree-structured Parzen estimator) is optuna's, and the paper's; without optuna, Sobol's
-    quasi-random sequence. Both are determined by the seed, and so is what a resumed search asks.
+    quasi-random sequence. Both follow from the seed (TPE from `jobs` as well, the number that it
+    asks for at once), so a resumed search asks for the same.
     """
-    try:
-        if sampler == 'sobol':
-            raise ImportError
-        import optuna
-    except ImportError:
-        if sampler == 'tpe':
-            fail('pip install optuna, or --sampler=sobol')
+    if sampler == 'auto' and importlib.util.find_spec('optuna') is None or sampler == 'sobol':
         points = torch.quasirandom.SobolEngine(len(RANGES), True, seed).draw(n).double().tolist()
         return (lambda k: [{key: scaled(key, u) for key, u in zip(RANGES, points.pop(0))}
                            for _ in range(k)]), lambda losses: None
+    try:
+        import optuna
+    except ImportError:
+        fail('pip install optuna, or --sampler=sobol')
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, constant_liar=True))
@@ -387,6 +420,8 @@ def search(folder):
         N = Xmodel(model_config(base)).num_params(embedding=False)
     n_steps = steps or math.ceil(10 * N / (phase['batch'] * phase['block_size']))
     target = apply and train_knobs(apply)
+    if apply:
+        mup_lines(target)                                        # a model is possible
     prepare_data()
     print(f'{trials} trials of {n_steps} steps, '
           f'{n_steps * phase["batch"] * phase["block_size"] / N:.2g} tokens a parameter outside '
@@ -396,7 +431,7 @@ def search(folder):
     for _ in tqdm(range(0, trials, jobs), unit='round', disable=None):
         settings = [{key: float(f'{value:.4g}') for key, value in values.items()}
                     for values in ask(min(jobs, trials - len(tried)))]
-        entries = results(folder / 'trials.jsonl', [
+        entries = results([
             [config, *shlex.split(flags), *first_phase(n_steps), f'--seed={seed}',
              *(f'--{key}={value!r}' for key, value in values.items())] for values in settings])
         tell([entry['loss'] for entry in entries])
@@ -404,7 +439,7 @@ def search(folder):
     tried.sort(key=lambda t: math.inf if t[0] is None else t[0])
     loss, best = tried[0]
     if loss is None:
-        fail(f'all {trials} trials diverged or failed; {folder}/trials.jsonl says how')
+        fail(f'all {trials} trials diverged or failed; out/sweep/{name}/trials.jsonl says how')
     print(f'\n# the best of {trials} trials of {n_steps} steps of {config}: loss {loss}; the next '
           + ', '.join(f'{x:.3f}' for x, _ in tried[1:4] if x is not None))
     print(*(f'{key} = {value!r}' for key, value in best.items()), sep='\n')
@@ -414,9 +449,9 @@ def search(folder):
         if not 0.05 < u < 0.95:
             print(f'# {key} is at the edge of its range, {low:.3g} to {high:.3g}: '
                   'a better value may lie outside')
-    told = {'kind': 'search', 'command': 'python sweep.py ' + shlex.join(sys.argv[1:]),
-            'loss': loss, 'best': best, 'steps': n_steps, 'trials': tried}
-    replace_file(folder / 'search.json', lambda f: f.write(json.dumps(told).encode()))
+    write_result(folder / 'search.json', {
+        'loss': loss, 'best': best, 'steps': n_steps, 'trials': tried, 'sampler': sampler,
+        'seed': seed, 'jobs': jobs})
     if apply:
         print(*unified_diff(mup_lines(target), mup_lines(target | best), apply,
                             f'{apply} with the best', n=99, lineterm=''), sep='\n')
@@ -444,7 +479,9 @@ def main():
     check_range(globals(), 0, 2**63, 'steps', 'seed', 'jobs')
     check_range(globals(), 1, 2**63, 'trials', 'seeds')
     jobs = jobs or (1 if torch.cuda.is_available() else os.cpu_count())
-    name = name or command
+    usual = ('adamw', '', 'heads', 'lr')
+    name = name or '-'.join([command, *(has for has, common in zip(
+        (optimizer, 'depth' * bool(depths), grow, grid), usual) if has != common)])
     config = config or ('config/proxy20m.py' if command == 'search' else 'config/transfer.py')
     rules = rules or ('1/m,1/sqrt(m),const' if optimizer == 'muon' else 'textbook,sp')
     if not re.fullmatch(r'[\w.()-]+', name):

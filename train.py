@@ -9,6 +9,7 @@
 A config file and then --key=value override the knobs below; --phases.NAME.KEY=value reaches into
 the curriculum. What a run writes is in out_dir: log.jsonl, run.json and checkpoints, step_N.pt.
 """
+import bisect
 import copy
 import itertools
 import json
@@ -68,8 +69,8 @@ input_scale = 12.0
 output_scale = 1.0
 residual_scale = 1.4
 init_std = 0.1
-mup_rules = 'textbook'        # 'textbook' | 'authors' | 'sp': column of the table in model.py
-mup_break = ''                # one rule of µP to break, by its name in that table
+mup_rules = 'textbook'        # 'textbook' | 'authors' | 'sp': see mup_table in model.py
+mup_break = ''                # one rule of µP to break, by its name there
 muon_lr_scaling = '1/sqrt(m)'  # '1/m' | '1/sqrt(m)' | 'const': Muon's learning rate across widths
 # --- curriculum: a list of phases, each a dict like those in config/proxy20m.py ---
 phases = []                   # keys: see check_phases
@@ -188,22 +189,31 @@ def evaluate(model, data, phase, rows, device, autocast):
     return losses
 
 
-def part_ways(proxy, tokens, span, recent, parted):
-    """What to say if the losses now leave the log `proxy` by reference_margin, or now come back.
+def tokens_before(step):
+    """Tokens in the curriculum's steps 0 to step - 1."""
+    sizes = [phase['batch'] * phase['block_size'] for phase in phases]
+    firsts = itertools.accumulate((phase['steps'] for phase in phases), initial=0)
+    return sum(size * min(max(0, step - first), phase['steps'])
+               for phase, size, first in zip(phases, sizes, firsts))
 
-    Compares the last 50 losses with the proxy's over the last `span` tokens. Under µP a wider model
-    follows its proxy's curve, a little below.
+
+def part_ways(proxy, step, recent, parted):
+    """What to say, after `step`, if losses now leave the log `proxy` by more than reference_margin.
+
+    Or, where they had `parted`, if they are back within half of it. Compares the last 50 losses
+    with the proxy's over the same tokens; under µP a wider model's are a little lower.
     """
-    there = [e['loss'] for e in proxy if tokens - span < e['tokens'] <= tokens]
-    if len(recent) < 50 or not there:
+    low, high = (bisect.bisect_right(proxy, tokens_before(s), key=lambda e: e['tokens'])
+                 for s in (step - 49, step + 1))
+    if len(recent) < 50 or low == high:
         return ''
-    gap = statistics.fmean(recent) - statistics.fmean(there)
-    if (abs(gap) > reference_margin) == parted:
+    gap = statistics.fmean(recent) - statistics.fmean(e['loss'] for e in proxy[low:high])
+    if parted == (abs(gap) > reference_margin / (2 if parted else 1)):
         return ''
     news = f'loss is {abs(gap):.3f} {"below" if gap < 0 else "above"} that of {reference}'
     if parted:
         return news + ', near it again'
-    return news + (': wider is better, if the data are the same' if gap < 0 else
+    return news + (', as a wider model is, or one with other data' if gap < 0 else
                    ": look at µP's attention scale, embedding lr, matrices' lr (coord_check.py)")
 
 
@@ -279,7 +289,8 @@ def main():
         step = start['step'] if resuming or init_step < 0 else init_step
         if step == start['step']:
             tokens, kind = start['tokens'], start['optimizer']
-            recent, watch, parted = start['recent'], start['watch'], start['parted']
+            recent, watch = start['recent'], start['watch']
+            parted = resuming and start['parted']
         if step >= total:
             fail(f'{start["path"]} is at step {step} of {total}: nothing is left to do'
                  + (' (--init_step=0 starts anew with its weights)' if not resuming else ''))
@@ -384,7 +395,7 @@ def main():
             say(f'step {step}: loss {mean:.3f} after the change of optimizer is above '
                 f'{watch[1]:.3f}, 4 deviations over the 50 steps before: look at lr, weight decay')
             watch = (-50, 0.0)
-        if proxy and (news := part_ways(proxy, tokens, 50 * step_tokens, recent, parted)):
+        if proxy and (news := part_ways(proxy, step, recent, parted)):
             parted, entry['note'] = not parted, '; '.join(filter(None, (entry.get('note'), news)))
             say(f'step {step}: {news}')
         step += 1

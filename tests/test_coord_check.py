@@ -9,7 +9,7 @@ from conftest import refused, run
 import coord_check
 from model import Xmodel, apply_rope, rope_angles
 
-SMALL = {'widths': '64,128,256', 'depths': '2,8,32', 'n_layer': 2, 'steps': 2, 'seeds': 2,
+SMALL = {'widths': '64,128,256', 'n_layer': 2, 'steps': 2, 'seeds': 2,
          'block_size': 32, 'vocab_size': 512}
 
 
@@ -37,12 +37,12 @@ def fails(told):
 
 @pytest.mark.parametrize('vary', ['heads', 'head_size', 'depth'])
 def test_the_textbook_holds(table, vary):
-    code, files, out = table(vary=vary)
+    code, files, out = table(vary=vary, depths='2,8,32' if vary == 'depth' else '')
     told, = files.values()
     assert (code, fails(told)) == (0, set()) and 'FAILS' not in out
     if vary != 'depth':
-        assert told['rows']['logits']['slopes_size'][0] == pytest.approx(-0.5, abs=0.05)
-        assert 'Tied logits start at -0.5' in out and out.count('holds') == 7
+        assert told['rows']['logits']['size_slopes'][0] == pytest.approx(-0.5, abs=0.05)
+        assert 'Logits start at -0.5' in out and out.count('holds') == 7
 
 
 @pytest.mark.parametrize('knobs, quantity, kind, slope', [
@@ -53,30 +53,30 @@ def test_the_textbook_holds(table, vary):
     ({'break_': 'embedding_lr'}, 'embedding', 'change', (-1.1, -0.9)),
     ({'break_': 'attn_scale'}, 'attention logits', 'size', (-0.1, 0.1)),
     ({'break_': 'attn_const'}, 'attention logits', 'size', (0.4, 0.6)),
-    ({'break_': 'residual_depth'}, 'residual stream', 'change', (0.6, 1.2)),
+    ({'break_': 'residual_depth', 'depths': '2,8,32'}, 'residual stream', 'change', (0.6, 1.2)),
     ({'mup_rules': 'authors'}, 'FFN output', 'size', (0.4, 0.6)),
     ({'mup_rules': 'sp'}, 'logits', 'size', (0.4, 0.6)),
 ], ids=lambda value: value.get('break_', value.get('mup_rules')) if isinstance(value, dict) else '')
 def test_a_broken_rule_fails(table, knobs, quantity, kind, slope):
     code, files, out = table(**knobs)
     assert code == 1 and 'FAILS' in out
-    if 'attn' in str(knobs):                             # heads of one size cannot tell d from sqrt
-        fixed, growing = (files[f'{knobs["break_"]}{way}'] for way in ('', '-head_size'))
-        assert fails(fixed) == set()
-    else:
-        growing, = files.values()
-    assert quantity in fails(growing)
-    assert slope[0] < growing['rows'][quantity][f'slopes_{kind}'][0] < slope[1]
+    broken, = files.values()
+    assert quantity in fails(broken)
+    assert slope[0] < broken['rows'][quantity][f'{kind}_slopes'][0] < slope[1]
+
+
+def test_heads_of_one_size_cannot_tell_one_attention_scale_from_another(table):
+    assert table(break_='attn_scale', vary='heads')[0] == 0
 
 
 def test_muon_wants_one_over_the_root_of_m(table):
     code, files, out = table(optimizer='muon')
-    change = {name: told['rows']['residual stream']['slopes_change'][0]
+    change = {name: told['rows']['residual stream']['change_slopes'][0]
               for name, told in files.items()}
-    assert code == 1 and abs(change['muon-1_over_sqrt(m)-textbook']) < 0.2
-    assert not fails(files['muon-1_over_sqrt(m)-textbook'])
-    assert change['muon-1_over_m-textbook'] < -0.25 and change['muon-const-textbook'] > 0.25
-    assert fails(files['muon-const-textbook']) and 'spectral norm' in out
+    assert code == 1 and abs(change['textbook-muon-1_sqrt_m']) < 0.2
+    assert not fails(files['textbook-muon-1_sqrt_m'])
+    assert change['textbook-muon-1_m'] < -0.25 and change['textbook-muon-const'] > 0.25
+    assert fails(files['textbook-muon-const']) and 'spectral norm' in out
 
 
 def test_what_is_recorded_is_what_the_network_computes(monkeypatch):
@@ -115,10 +115,12 @@ def test_as_a_program(tmp_path, data_dir):
 @pytest.mark.parametrize('flag, says', [
     ('--break=logit', "mup_break='logit' should be a rule of µP, one of init_out, "),
     ('--widths=64,x', 'widths'), ('--widths=64', 'widths'), ('--widths=0,64', 'widths'),
-    ('--depths=', 'depths'), ('--steps=0', 'steps=0'), ('--seeds=0', 'seeds=0'),
+    ('--depths=3', 'depths'), ('--steps=0', 'steps=0'), ('--seeds=0', 'seeds=0'),
+    ('--widths=64,96', 'width 96 is not made of heads of 64'),
+    ('--block_size=5000', 'block_size=5000'),
+    ('--mup_rules=sp --optimizer=muon', "optimizer='muon', sp is no rule"),
     ('--vary=heigth', "--vary=heigth: 'heigth'"), ('--learning_rate=nan', 'learning_rate=nan')])
 def test_a_mistake_gets_one_line(tmp_path, data_dir, flag, says):
-    vary = ['--vary=depth'] if 'depths' in flag else []
-    assert says in refused(run('coord_check.py', flag, *vary, f'--data_dir={data_dir}',
+    assert says in refused(run('coord_check.py', *flag.split(), f'--data_dir={data_dir}',
                                '--vocab_size=512', cwd=tmp_path))
     assert not list(tmp_path.iterdir())

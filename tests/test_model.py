@@ -300,29 +300,28 @@ def test_muon_lr_scaling(scaling, factor):
         assert table[role].lr_mult == pytest.approx(1 / 6)
 
 
-@pytest.mark.parametrize('rule, changes', {                      # at m = 6, two layers, heads of 64
+@pytest.mark.parametrize('rule, changes', {                     # at m = 6, two layers, heads of 128
     'init_out': {('branch_out', 'init_std'): 0.05},
     'gain_lr': {('gain', 'lr_mult'): 0.166667},
     'lr_hidden': {('matrix', 'lr_mult'): 1, ('branch_out', 'lr_mult'): 1},
     'embedding_lr': {('embedding', 'lr_mult'): 0.166667},
     'logits': {('logits', 'multiplier'): 1},
-    'attn_scale': {('attention', 'multiplier'): 0.125},
-    'attn_const': {('attention', 'multiplier'): 0.125},
+    'attn_scale': {('attention', 'multiplier'): 0.0110485},      # 1 / sqrt(64 x 128)
+    'attn_const': {('attention', 'multiplier'): 0.015625},       # 1 / 64
     'residual_depth': {('branch_out', 'multiplier'): 1.4},
 }.items())
 def test_a_broken_rule_is_broken_alone(rule, changes):
-    whole, broken = mup_table(wide(1536)), mup_table(wide(1536, mup_break=rule))
+    c = replace(wide(1536), n_head=12)
+    whole, broken = mup_table(c), mup_table(replace(c, mup_break=rule))
     differ = {(role, field): getattr(broken[role], field) for role in whole
               for field in whole[role]._fields
               if getattr(whole[role], field) != getattr(broken[role], field)}
     assert differ == pytest.approx(changes, rel=1e-5)
 
 
-def test_attention_scale_where_heads_grow():
-    growing = replace(wide(1536), n_head=12)                     # heads of 128
-    assert [mup_table(replace(growing, mup_break=rule))['attention'].multiplier
-            for rule in ('', 'attn_scale', 'attn_const')] == pytest.approx(
-                [1 / 128, 0.0883883, 0.125], rel=1e-5)
+def test_attention_scales_agree_at_heads_of_64():
+    assert [mup_table(wide(512, mup_break=rule))['attention'].multiplier
+            for rule in ('', 'attn_scale', 'attn_const')] == pytest.approx([1 / 64] * 3)
 
 
 def test_groups_and_init_are_those_of_microsofts_mup():

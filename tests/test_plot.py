@@ -30,8 +30,8 @@ def test_picture_shows_the_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Figure, 'savefig', lambda figure, *args, **kwargs: (
         figures.append(figure), save(figure, *args, **kwargs)))
     one, two = write_run(tmp_path / 'one'), write_run(tmp_path / 'two')
-    plot.plot_loss([one], '')
-    plot.plot_loss([one, two], tmp_path / 'both.png')
+    plot.plot_loss([one], '', one / 'loss.png')
+    plot.plot_loss([one, two], tmp_path / 'both.png', '')
     assert capsys.readouterr().out == f'{one}/loss.png\n{tmp_path}/both.png\n'
     for png in (one / 'loss.png', tmp_path / 'both.png'):
         assert png.read_bytes()[:4] == b'\x89PNG' and png.stat().st_size > 20_000
@@ -72,7 +72,7 @@ def test_transfer_curves(tmp_path, figures, capsys):
     plot.main([result(tmp_path / 'transfer', 'transfer', told)])
     assert capsys.readouterr().out == f'{tmp_path}/transfer/transfer.png\n'
     top, _, bottom, _ = figures[0].axes
-    assert 'textbook' in top.get_title() and '0.200' in top.get_title()
+    assert top.get_title() == 'textbook: $2^{-7}$ at width 128 costs 0.200'
     assert top.get_legend_handles_labels()[1] == ['width 64', 'width 128']
     line, star = top.lines[0], next(x for x in top.lines if x.get_marker() == '*')
     assert list(line.get_xdata()) == [-8, -7] and list(line.get_ydata()) == [3.1, 3.0]
@@ -80,23 +80,32 @@ def test_transfer_curves(tmp_path, figures, capsys):
     assert list(bottom.lines[0].get_ydata()) == [5.0, 4.0, 3.5]
 
 
+def test_a_sweep_that_diverged_can_be_drawn(tmp_path, figures):
+    row = {'best': -7, 'losses': {'-7': [None], '-6': [None]}, 'price': [None], 'curve': []}
+    told = {'kind': 'transfer', 'grid': 'lr', 'axis': 'width', 'rules': {
+        'sp': {'carried': -7, 'sizes': {'64': row}}}}
+    plot.main([result(tmp_path / 'transfer', 'transfer', told)])
+    assert 'diverges' in figures[0].axes[0].get_title()
+
+
 def test_coordinate_check_panels(tmp_path, figures, capsys):
     rows = {quantity: {'size': [[[2, 2, 2]], [[2, 2, 2]]], 'change': [[[0, 1, 2]], [[0, 4, 8]]],
-                       'slopes_size': [0, 0, 0], 'slopes_change': [2, 2], 'holds': holds}
+                       'size_slopes': [0, 0, 0], 'change_slopes': [1, -2], 'holds': holds}
             for quantity, holds in (('logits', False), ('norm gain', True))}
     told = {'kind': 'coord_check', 'sizes': [64, 128], 'vary': 'heads', 'rows': rows,
-            'title': 'textbook, lr_hidden broken, width by more heads'}
+            'rules': 'lr_hidden broken'}
     folder = result(tmp_path / 'check', 'lr_hidden', told)
     plot.main([folder, result(folder, 'other', told) / 'other.json'])
-    assert capsys.readouterr().out == f'{folder}/coord_check.png\n'
+    assert capsys.readouterr().out == f'{folder}/heads.png\n'
     assert len(figures[0].axes) == 3                             # a row each, and no norm gain
     panel = figures[0].axes[0]
-    assert panel.get_title() == 'logits\n+0.00, +2.00 ✗'
+    assert panel.get_title() == 'logits\n+0.00, -2.00 ✗'
     assert panel.get_ylabel() == 'lr_hidden broken'
     assert [list(line.get_ydata()) for line in panel.lines] == [[2, 2], [1, 4], [2, 8]]
 
 
-@pytest.mark.parametrize('text', ['', '[]', '{}', '{"kind": 3}'])
+@pytest.mark.parametrize('text', ['', '[]', '{}', '{"kind": 3}', '{"kind": "transfer"}',
+                                  '{"kind": "coord_check"}', '{"kind": "search"}'])
 def test_results_that_cannot_be_drawn(tmp_path, capsys, text):
     (tmp_path / 'a.json').write_text(text)
     with pytest.raises(SystemExit) as e:

@@ -37,7 +37,7 @@ def told(tmp_path, name='transfer'):
 
 
 def lines(tmp_path, name='transfer'):
-    file = tmp_path / 'results' / name / 'trials.jsonl'
+    file = tmp_path / 'out/sweep' / name / 'trials.jsonl'
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
@@ -63,7 +63,7 @@ def test_a_killed_sweep_goes_on_and_ends_in_the_same_table(tmp_path, config):
         if sign == signal.SIGTERM:
             assert error.startswith('sweep.py: stopped') and error.count('\n') == 1
     stood = lines(broken)
-    with open(broken / 'results/transfer/trials.jsonl', 'a') as f:
+    with open(broken / 'out/sweep/transfer/trials.jsonl', 'a') as f:
         f.write('{"flags": ["small.py", "--n_em')                 # as a kill may leave it
     resumed = run('sweep.py', *TRANSFER, config, cwd=broken)
     assert resumed.returncode == 0 and 5 <= len(stood) < 8
@@ -85,7 +85,7 @@ def test_failures_and_nans_are_recorded_and_only_failures_tried_again(tmp_path, 
                  cwd=tmp_path)
     assert failed.returncode == 2 and "device='nowhere' cannot be used" in failed.stderr
     assert lines(tmp_path, 'failing')[0]['status'] == 'failed'
-    file = tmp_path / 'results/transfer/trials.jsonl'            # had a disk been full, say
+    file = tmp_path / 'out/sweep/transfer/trials.jsonl'            # had a disk been full, say
     file.write_text(json.dumps({**line, 'status': 'failed', 'error': ''}) + '\n')
     run('sweep.py', *command, config, cwd=tmp_path)
     assert [x['status'] for x in lines(tmp_path)] == ['nan']
@@ -112,7 +112,7 @@ def test_search_is_the_same_resumed_and_shows_what_its_best_becomes(tmp_path, co
         name = f'--name={sampler}'
         whole = run('sweep.py', *command, f'--sampler={sampler}', name, cwd=tmp_path)
         assert (whole.returncode, whole.stderr) == (0, '')
-        file = tmp_path / 'results' / sampler / 'trials.jsonl'
+        file = tmp_path / 'out/sweep' / sampler / 'trials.jsonl'
         stood = file.read_text()
         file.write_text(''.join(stood.splitlines(True)[:3]))
         again = run('sweep.py', *command, f'--sampler={sampler}', name,
@@ -129,6 +129,15 @@ def test_search_is_the_same_resumed_and_shows_what_its_best_becomes(tmp_path, co
             lr, std = has['learning_rate'] / 6, has['init_std'] / math.sqrt(6)
             assert f"\n{sign}# matrix     init std {std:.4g}, lr {lr:.4g}, Muon's lr {lr:.4g}\n" \
                 in again.stdout
+
+
+def test_a_trial_of_other_code_or_text_is_run_again(tmp_path, config, monkeypatch):
+    command = ['transfer', '--widths=32', '--exponents=-6,-6', '--seeds=1', '--rules=sp', config]
+    run('sweep.py', *command, cwd=tmp_path)
+    (tmp_path / 'small.py').write_text((tmp_path / 'small.py').read_text() + 'momentum = 0.9\n')
+    run('sweep.py', *command, cwd=tmp_path)
+    first, second = lines(tmp_path)
+    assert first['flags'] == second['flags'] and first['made_of'] != second['made_of']
 
 
 def entries(losses):
@@ -158,6 +167,10 @@ def test_the_price_of_transfer_is_by_seed_and_at_the_best_of_all_seeds():
     (['transfer', '--exponents=3'], "exponents='3' should be"),
     (['transfer', '--rules=textbook,logit'], "mup_break='logit' should be a rule of µP"),
     (['transfer', '--optimizer=muon', '--rules=textbook'], 'muon_lr_scaling=textbook'),
+    (['transfer', '--optimizer=muon', '--grid=init_std'], "needs grid='lr'"),
+    (['transfer', '--depths=1,2', '--grow=head_size'], 'depths and grow'),
+    (['transfer', '--grid=embedding_lr'], "'sp' has no embedding_lr"),
+    (['transfer', '--exponents=0,1024'], 'exponents'), (['transfer', '--widths=96'], 'width 96'),
     (['transfer', '--grid=lrs'], "--grid=lrs: 'lrs' should be one of"),
     (['transfer', '--flags=--n_lyer=3'], 'unknown key'), (['transfer', '--config=no.py'], 'no.py'),
     (['transfer', "--flags='"], 'flags'), (['search', '--trials=0'], 'trials=0 should be'),
@@ -171,7 +184,7 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(tmp_path, config, argv, says
 
 
 def test_lines_that_are_no_trials_are_refused(tmp_path, config):
-    (tmp_path / 'results/transfer').mkdir(parents=True)
-    (tmp_path / 'results/transfer/trials.jsonl').write_text('{"flags": 3}\n')
+    (tmp_path / 'out/sweep/transfer').mkdir(parents=True)
+    (tmp_path / 'out/sweep/transfer/trials.jsonl').write_text('{"flags": 3}\n')
     assert 'trials.jsonl: not the line of a trial' in refused(
         run('sweep.py', *TRANSFER, config, cwd=tmp_path))

@@ -334,13 +334,20 @@ def test_a_run_that_leaves_its_reference_says_so_once(tiny, tmp_path):
 def test_parting_ways_compares_the_same_tokens_and_ends(monkeypatch):
     monkeypatch.setattr(train, 'reference_margin', 0.25)
     monkeypatch.setattr(train, 'reference', 'out/proxy')
-    proxy = [{'tokens': 100 * i, 'loss': 10 - 0.01 * i} for i in range(1, 1001)]
-    flat = [5.0] * 50                        # the proxy's mean over 45 000 to 50 000 is 5.245
-    for tokens, parted, says in (
-            (50_000, False, ''), (60_000, False, '0.755'), (60_000, True, ''),
-            (40_000, False, '1.245'), (50_000, True, 'near it again'), (200_000, False, '')):
-        news = train.part_ways(proxy, tokens, 5000, flat, parted)
-        assert says in news and bool(news) == bool(says)
-    assert 'look at' in train.part_ways(proxy, 60_000, 5000, flat, False)
-    assert 'wider is better' in train.part_ways(proxy, 40_000, 5000, flat, False)
-    assert train.part_ways(proxy, 60_000, 5000, flat[1:], False) == ''     # too early to say
+    monkeypatch.setattr(train, 'phases', [                       # 100 tokens a step, then 400
+        {'steps': 1000, 'batch': 1, 'block_size': 100},
+        {'steps': 500, 'batch': 2, 'block_size': 200}])
+    assert [train.tokens_before(s) for s in (0, 7, 1000, 1003, 1500)] == \
+        [0, 700, 100_000, 101_200, 300_000]
+    proxy = [{'tokens': 100 * i, 'loss': 10 - 0.01 * i} for i in range(1, 1201)]
+    flat = [5.0] * 50                        # the proxy's mean over steps 450 to 499 is 5.245
+    for step, parted, says in ((499, False, ''), (599, False, '0.755'), (599, True, ''),
+                               (399, False, '1.245'), (499, True, ''), (489, True, ''),
+                               (515, True, 'near it again'), (1400, False, '')):
+        news = train.part_ways(proxy, step, flat, parted)
+        assert says in news and bool(news) == bool(says), step
+    assert 'look at' in train.part_ways(proxy, 599, flat, False)
+    assert 'as a wider model is' in train.part_ways(proxy, 399, flat, False)
+    assert train.part_ways(proxy, 599, flat[1:], False) == ''              # too early to say
+    # steps 970 to 1019 are the tokens 97 000 to 108 000, whose mean is 10 - 0.01 * 1025.5
+    assert '5.255 above' in train.part_ways(proxy, 1019, flat, False)
