@@ -235,9 +235,8 @@ def main():
     check_range(globals(), 1, 2**31, 'steps', 'seeds', 'n_layer', 'batch_size', 'vocab_size')
     check_range(globals(), 1, 4097, 'block_size')                # q·k is kept whole
     check_range(globals(), 2**-60, 2**60, 'learning_rate', 'embedding_lr')
-    if optimizer == 'muon' and (mup_rules == 'sp' or break_ in ('lr_hidden', 'gain_lr')):
-        fail(f"with optimizer='muon', {break_ or mup_rules} is no rule of its own: "
-             'the three scalings of its lr are in the table without')
+    if optimizer == 'muon' and (mup_rules == 'sp' or break_ == 'lr_hidden'):
+        fail(f"optimizer='muon' compares scalings of Muon's lr, and {break_ or mup_rules} has none")
     kind = vary if vary != 'auto' else 'depth' if depths or break_ == 'residual_depth' else \
         'head_size' if break_ in ('attn_scale', 'attn_const') else 'heads'
     scalings = ('1/m', '1/sqrt(m)', 'const') if optimizer == 'muon' else ('1/sqrt(m)',)
@@ -254,10 +253,10 @@ def main():
     for scaling in scalings:
         rules = ', '.join([mup_rules] * (mup_rules != 'textbook' or not break_)
                           + [f'{break_} broken'] * bool(break_))
-        muon = f', its lr scaled {scaling}' * (optimizer == 'muon')
+        muon = f', Muon lr {scaling}' * (optimizer == 'muon')
         table = check(data, kind, scaling) | {
             'kind': 'coord_check', 'vary': kind, 'seeds': seeds, 'rules': rules + muon,
-            'title': f'{rules}: {WAYS[kind]}, {steps} steps of {optimizer}{muon}',
+            'title': f'{rules}{muon}: {WAYS[kind]}, {steps} steps of {optimizer}',
             'command': shlex.join(['python', 'coord_check.py', *sys.argv[1:]]),
             'torch': torch.__version__}
         print_table(table)

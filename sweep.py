@@ -375,78 +375,63 @@ def transfer(folder):
 # --------------------------------------------------------------------------------------------------
 # search: the paper's six hyperparameters, on the proxy
 
-def propose(n):
-    """ask(k) -> k settings to try, and tell(losses) of them: a TPE, or points that fill the space.
-
-    TPE (tree-structured Parzen estimator) is optuna's, and the paper's; without optuna, Sobol's
-    quasi-random sequence. Both follow from the seed (TPE from `jobs` as well, the number that it
-    asks for at once), so a resumed search asks for the same.
-    """
-    if sampler == 'auto' and importlib.util.find_spec('optuna') is None or sampler == 'sobol':
-        points = torch.quasirandom.SobolEngine(len(RANGES), True, seed).draw(n).double().tolist()
-        return (lambda k: [{key: scaled(key, u) for key, u in zip(RANGES, points.pop(0))}
-                           for _ in range(k)]), lambda losses: None
+def tpe():
+    """optuna's study by a tree-structured Parzen estimator, as in the paper; None: Sobol points."""
+    if sampler == 'sobol' or sampler == 'auto' and importlib.util.find_spec('optuna') is None:
+        return None
     try:
         import optuna
     except ImportError:
         fail('pip install optuna, or --sampler=sobol')
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, constant_liar=True))
-    space = {key: optuna.distributions.FloatDistribution(low, high, log=log)
-             for key, (low, high, log) in RANGES.items()}
-    asked = []
-
-    def ask(k):
-        asked[:] = [study.ask(space) for _ in range(k)]
-        return [trial.params for trial in asked]
-
-    def tell(losses):
-        for trial, loss in zip(asked, losses):
-            study.tell(trial, math.inf if loss is None else loss)
-    return ask, tell
-
-
-def scaled(key, u):
-    """Share u in [0, 1] of a knob's range -> its value there."""
-    low, high, log = RANGES[key]
-    return low * (high / low)**u if log else low + u * (high - low)
+    return optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, constant_liar=True))
 
 
 def search(folder):
-    base = train_knobs(config, *shlex.split(flags))
-    phase = base['phases'][0]
+    base, phase = train_knobs(config, *shlex.split(flags)), phases_of_config()[0]
     with torch.device('meta'):
         N = Xmodel(model_config(base)).num_params(embedding=False)
-    n_steps = steps or math.ceil(10 * N / (phase['batch'] * phase['block_size']))
+    batch_tokens = phase['batch'] * phase['block_size']
+    n_steps = steps or math.ceil(10 * N / batch_tokens)
     target = apply and train_knobs(apply)
     if apply:
-        mup_lines(target)                                        # a model is possible
+        mup_lines(target)                                        # such a model is possible
     prepare_data()
-    print(f'{trials} trials of {n_steps} steps, '
-          f'{n_steps * phase["batch"] * phase["block_size"] / N:.2g} tokens a parameter outside '
-          f'the embedding, {jobs} at a time')
-    ask, tell = propose(trials)
-    tried = []
-    for _ in tqdm(range(0, trials, jobs), unit='round', disable=None):
+    print(f'{trials} trials of {n_steps} steps, {n_steps * batch_tokens / N:.2g} tokens a parameter'
+          f' outside the embedding, {jobs} at a time')
+    # both samplers follow from the seed, and tpe from jobs: a resumed search asks for the same
+    study, tried = tpe(), []
+    points = torch.quasirandom.SobolEngine(len(RANGES), scramble=True, seed=seed).draw(trials)
+    for i in tqdm(range(0, trials, jobs), unit='round', disable=None):
+        k = min(jobs, trials - i)
+        if study:
+            asked = [study.ask() for _ in range(k)]
+            settings = [{key: trial.suggest_float(key, low, high, log=log)
+                         for key, (low, high, log) in RANGES.items()} for trial in asked]
+        else:
+            settings = [{key: low * (high / low)**u if log else low + u * (high - low)
+                         for (key, (low, high, log)), u in zip(RANGES.items(), point)}
+                        for point in points[i:i + k].tolist()]
         settings = [{key: float(f'{value:.4g}') for key, value in values.items()}
-                    for values in ask(min(jobs, trials - len(tried)))]
-        entries = results([
-            [config, *shlex.split(flags), *first_phase(n_steps), f'--seed={seed}',
-             *(f'--{key}={value!r}' for key, value in values.items())] for values in settings])
-        tell([entry['loss'] for entry in entries])
-        tried += [(entry['loss'], values) for entry, values in zip(entries, settings)]
+                    for values in settings]
+        entries = results([[config, *shlex.split(flags), *first_phase(n_steps), f'--seed={seed}',
+                            *(f'--{key}={value!r}' for key, value in values.items())]
+                           for values in settings])
+        for j, entry in enumerate(entries):
+            if study:
+                study.tell(asked[j], math.inf if entry['loss'] is None else entry['loss'])
+            tried.append((entry['loss'], settings[j]))
     tried.sort(key=lambda t: math.inf if t[0] is None else t[0])
     loss, best = tried[0]
     if loss is None:
-        fail(f'all {trials} trials diverged or failed; out/sweep/{name}/trials.jsonl says how')
+        fail(f'all {trials} trials diverged: out/sweep/{name}/trials.jsonl')
     print(f'\n# the best of {trials} trials of {n_steps} steps of {config}: loss {loss}; the next '
           + ', '.join(f'{x:.3f}' for x, _ in tried[1:4] if x is not None))
     print(*(f'{key} = {value!r}' for key, value in best.items()), sep='\n')
     for key, (low, high, log) in RANGES.items():
-        u = math.log(best[key] / low) / math.log(high / low) if log else \
-            (best[key] - low) / (high - low)
-        if not 0.05 < u < 0.95:
+        low_, high_, value = (math.log(x) if log else x for x in (low, high, best[key]))
+        if not 0.05 < (value - low_) / (high_ - low_) < 0.95:
             print(f'# {key} is at the edge of its range, {low:.3g} to {high:.3g}: '
                   'a better value may lie outside')
     write_result(folder / 'search.json', {

@@ -118,7 +118,7 @@ def test_as_a_program(tmp_path, data_dir):
     ('--depths=3', 'depths'), ('--steps=0', 'steps=0'), ('--seeds=0', 'seeds=0'),
     ('--widths=64,96', 'width 96 is not made of heads of 64'),
     ('--block_size=5000', 'block_size=5000'),
-    ('--mup_rules=sp --optimizer=muon', "optimizer='muon', sp is no rule"),
+    ('--mup_rules=sp --optimizer=muon', "Muon's lr, and sp has none"),
     ('--vary=heigth', "--vary=heigth: 'heigth'"), ('--learning_rate=nan', 'learning_rate=nan')])
 def test_a_mistake_gets_one_line(tmp_path, data_dir, flag, says):
     assert says in refused(run('coord_check.py', *flag.split(), f'--data_dir={data_dir}',
