@@ -231,10 +231,10 @@ def base_flags(size):
 
 def stable_trial(size):
     """(folder, flags) of the run of the first phase from which Muon goes on."""
-    flags = [*base_flags(size), *first_phase(0), f'--seed={seed}']
-    sha = hashlib.sha256(repr([made_of(), *flags]).encode()).hexdigest()[:8]
+    trial = [*base_flags(size), *first_phase(0), f'--seed={seed}']
+    sha = hashlib.sha256(repr([made_of(), *trial]).encode()).hexdigest()[:8]
     folder = f'out/sweep/{name}/{size}-{sha}'
-    return folder, [*flags, f'--out_dir={folder}', '--resume']
+    return folder, [*trial, f'--out_dir={folder}', '--resume']
 
 
 def rule_flag(rule):
@@ -358,7 +358,7 @@ def transfer(folder):
         run([*entries, *((r, n, e, s) for r in names for n in sizes
                          for e in about(summary[r], n, first, last)
                          for s in range(seed, seed + seeds))])
-    phases = train_knobs(config, *shlex.split(flags))['phases']
+    phases = phases_of_config()
     total = sum(phase['steps'] for phase in phases)
     warmup = phases[0].get('warmup', 0) * (steps or total) // total
     axis = 'depth' if depths else 'width'
