@@ -1,6 +1,6 @@
 """Search hyperparameters on a small model, and measure whether they transfer to a larger one.
 
-    python sweep.py transfer                             # lr x width: µP beside standard, an hour
+    python sweep.py transfer                             # lr x width: µP beside standard
     python sweep.py transfer --depths=2,4,8,16 --rules=textbook,residual_depth
     python sweep.py transfer --optimizer=muon            # in the decay phase
     python sweep.py search --config=config/transfer.py --trials=40 --apply=config/xmodel25.py
@@ -181,23 +181,29 @@ def train_knobs(*argv):
     return knob_values(knobs)
 
 
+def base_knobs():
+    """train.py's knobs in the config, with the flags that every trial has."""
+    return train_knobs(config, *shlex.split(flags))
+
+
+def data_sets():
+    return dict.fromkeys(name for phase in base_knobs()['phases'] for name in phase['data'])
+
+
 @functools.cache
 def made_of():
     """Hash of what decides a trial's result beside its flags: config, code, torch and text."""
-    knobs = train_knobs(config, *shlex.split(flags))
-    names = dict.fromkeys(name for phase in knobs['phases'] for name in phase['data'])
-    here = Path(__file__).parent
+    here, data_dir = Path(__file__).parent, base_knobs()['data_dir']
     parts = [Path(config).read_text(), torch.__version__,
              *(here.joinpath(file).read_text() for file in ('model.py', 'muon.py', 'train.py')),
-             *(Path(knobs['data_dir'], name, 'meta.json').read_text() for name in names)]
+             *(Path(data_dir, name, 'meta.json').read_text() for name in data_sets())]
     return hashlib.sha256('\0'.join(parts).encode()).hexdigest()[:12]
 
 
 def prepare_data():
     """Make the config's data sets before trials side by side would; they may be there."""
-    knobs = train_knobs(config, *shlex.split(flags))
-    names = dict.fromkeys(name for phase in knobs['phases'] for name in phase['data'])
-    prepare_missing(knobs['data_dir'], names, knobs['sources'], knobs['vocab_size'])
+    knobs = base_knobs()
+    prepare_missing(knobs['data_dir'], data_sets(), knobs['sources'], knobs['vocab_size'])
 
 
 def model_config(knobs):
@@ -205,13 +211,9 @@ def model_config(knobs):
     return XmodelConfig(**shape)
 
 
-def phases_of_config():
-    return train_knobs(config, *shlex.split(flags))['phases']
-
-
 def first_phase(n_steps):
     """Flags by which the config's first phase is all there is, of n_steps (0: its own)."""
-    first, *others = phases_of_config()
+    first, *others = base_knobs()['phases']
     own = [f'--phases.{first["name"]}.steps={n_steps}',
            f'--phases.{first["name"]}.warmup={n_steps // 10}'] if n_steps else []
     return own + [f'--phases.{phase["name"]}.steps=0' for phase in others]
@@ -222,7 +224,7 @@ def first_phase(n_steps):
 
 def base_flags(size):
     """train.py's flags for a width or, with depths, a depth."""
-    total = sum(phase['steps'] for phase in phases_of_config())
+    total = sum(phase['steps'] for phase in base_knobs()['phases'])
     scale = [f'--steps_scale={steps / total!r}'] if steps else []
     vary = 'depth' if depths else grow
     return [config, *shlex.split(flags), *scale,
@@ -247,7 +249,7 @@ def trial_flags(rule, size, exponent, trial_seed):
     base, value = [*base_flags(size), rule_flag(rule), f'--seed={trial_seed}'], 2.0**exponent
     if optimizer == 'muon':
         return [*base, f'--init_from={stable_trial(size)[0]}', f'--learning_rate={value!r}']
-    return [*base, *(f'--phases.{phase["name"]}.optimizer=adamw' for phase in phases_of_config()
+    return [*base, *(f'--phases.{phase["name"]}.optimizer=adamw' for phase in base_knobs()['phases']
                      if phase['optimizer'] != 'adamw'),
             *(f'--{key}={value!r}' for key in GRIDS[grid][0])]
 
@@ -333,8 +335,9 @@ def transfer(folder):
     sizes = sorted(int_list('depths', depths) if depths else int_list('widths', widths))
     if depths and grow != 'heads':
         fail('depths and grow: models can grow in one way at a time')
-    if optimizer == 'muon' and (grid != 'lr' or not phases_of_config()[1:] or not all(
-            phase['optimizer'] == 'muon' for phase in phases_of_config()[1:])):
+    phases = base_knobs()['phases']
+    if optimizer == 'muon' and (grid != 'lr' or not phases[1:] or not all(
+            phase['optimizer'] == 'muon' for phase in phases[1:])):
         fail("optimizer='muon' needs grid='lr', and a config whose later phases are all Muon's")
     if 'sp' in names and grid == 'embedding_lr':
         fail("rules: 'sp' has no embedding_lr to try")
@@ -358,7 +361,6 @@ def transfer(folder):
         run([*entries, *((r, n, e, s) for r in names for n in sizes
                          for e in about(summary[r], n, first, last)
                          for s in range(seed, seed + seeds))])
-    phases = phases_of_config()
     total = sum(phase['steps'] for phase in phases)
     warmup = phases[0].get('warmup', 0) * (steps or total) // total
     axis = 'depth' if depths else 'width'
@@ -389,7 +391,7 @@ def tpe():
 
 
 def search(folder):
-    base, phase = train_knobs(config, *shlex.split(flags)), phases_of_config()[0]
+    base, phase = base_knobs(), base_knobs()['phases'][0]
     with torch.device('meta'):
         N = Xmodel(model_config(base)).num_params(embedding=False)
     batch_tokens = phase['batch'] * phase['block_size']

@@ -25,6 +25,3 @@ phases = [
      'optimizer': 'muon', 'decay': 'exponential', 'lr': (0, 1, 1 / 16)},
 ]
 compile = False                         # takes longer than a trial
-log_interval = 100
-eval_interval = 1000
-checkpoint_interval = 1000
