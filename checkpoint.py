@@ -21,7 +21,7 @@ from configurator import fail
 from model import Xmodel, XmodelConfig
 
 # what a file of bare weights, {'config': ..., 'model': ...}, is taken to hold besides
-BARE = {'knobs': {}, 'step': 0, 'tokens': 0, 'recent': [], 'watch': (-50, 0.0), 'parted': False,
+BARE = {'knobs': {}, 'step': 0, 'tokens': 0, 'recent': [], 'watch': (-50, 0.0),
         'optimizer': None, 'optimizer_states': []}
 
 

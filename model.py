@@ -296,38 +296,6 @@ class Xmodel(nn.Module):
                  'weight_decay': weight_decay if self.table[role].weight_decay else 0.0}
                 for (role, parts), params in groups.items()]
 
-    @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
-                 stop_token=None, generator=None):
-        """Continue B prompts, non-empty lists of token ids of any lengths; yields (B,) ids a step.
-
-        temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole. A row that has
-        met stop_token repeats it, and generation ends when all rows have.
-        """
-        c, device = self.config, self.embed.weight.device
-        P = max(map(len, prompts))
-        pad = torch.tensor([P - len(p) for p in prompts], device=device)        # (B,), on the left
-        idx = torch.tensor([[0] * (P - len(p)) + list(p) for p in prompts], device=device)  # (B, P)
-        cache = [KVCache(len(prompts), c, P + max_new_tokens) for _ in self.blocks]
-        done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        for total in range(P, P + max_new_tokens):
-            keys = torch.arange(total, device=device)                           # cache's columns
-            queries = keys[-idx.size(1):, None]                                 # (Tq, 1)
-            positions = (queries[:, 0] - pad[:, None]).clamp(min=0)             # (B, Tq)
-            cos, sin = rope_angles(positions, c.hd, c.rope_theta)               # (B, Tq, 1, hd/2)
-            start = pad[:, None, None]              # padding sees padding: no key at all gives NaN
-            mask = (keys <= queries) & ((keys >= start) | (queries < start))    # (B, Tq, total)
-            x = self.hidden(idx, cos, sin, cache, mask[:, None])                # (B, Tq, C)
-            logits = self.logits(x[:, -1]).float()                              # (B, vocab_size)
-            token = sample_token(logits, temperature, top_k, top_p, generator)  # (B,)
-            if stop_token is not None:
-                token = token.masked_fill(done, stop_token)
-                done |= token == stop_token
-            yield token
-            if done.all():
-                return
-            idx = token[:, None]                                                # (B, 1)
-
     def flops_per_token(self, T):
         """Training FLOPs a token: 6 a weight, and in each layer 12 n_embd for each of T/2 keys."""
         return 6 * self.num_params() + 12 * self.config.n_embd * self.config.n_layer * T // 2
@@ -383,37 +351,6 @@ def chunked_cross_entropy(x, weight, targets, multiplier):
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     return ChunkedCrossEntropy.apply(x, weight, targets, multiplier, dtype, torch.is_grad_enabled())
-
-
-# --------------------------------------------------------------------------------------------------
-# Generation
-
-class KVCache:
-    """One layer's keys and values, (B, n_kv_head, max_len, hd) each, filled from the left."""
-
-    def __init__(self, B, c, max_len):
-        self.shape, self.end, self.kv = (B, c.n_kv_head, max_len, c.hd), 0, None
-
-    def append(self, k, v):
-        """k, v (B, n_kv_head, T, hd) of the next T positions -> those of all positions so far."""
-        if self.kv is None:                                        # now dtype and device are known
-            self.kv = k.new_empty(2, *self.shape)
-        self.end += k.size(2)
-        self.kv[0, :, :, self.end - k.size(2):self.end] = k
-        self.kv[1, :, :, self.end - k.size(2):self.end] = v
-        return self.kv[:, :, :, :self.end]
-
-
-def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """logits (B, vocab_size) -> ids (B,), of the top_k likeliest and those making up mass top_p."""
-    if min(temperature, top_p) < 1e-6:                # in fp32 a division by it would overflow
-        return logits.argmax(-1)
-    logits, ids = (logits / temperature).sort(descending=True)     # (B, vocab_size) each
-    if top_k:
-        logits[:, top_k:] = -math.inf
-    p = logits.softmax(-1)
-    p[p.cumsum(-1) - p >= top_p] = 0                               # the likeliest always stays
-    return ids.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 
 if __name__ == '__main__':

@@ -40,7 +40,7 @@ from checkpoint import checkpoints, read_log, replace_file
 from configurator import check_range, configure, fail, int_list, knob_values
 from coord_check import shape
 from data_prep import prepare_missing
-from model import Xmodel, XmodelConfig, mup_table
+from model import Xmodel, mup_table
 
 command = ''                  # 'search' or 'transfer'
 name = ''                     # of the folder under results/; '': by the command and what grows
@@ -178,6 +178,7 @@ def train_knobs(*argv):
     """train.py's knobs as these arguments set them; a mistake in them ends the program."""
     knobs = dict(vars(train))
     configure(knobs, list(argv))
+    train.check_phases(knobs['phases'])
     return knob_values(knobs)
 
 
@@ -204,11 +205,6 @@ def prepare_data():
     """Make the config's data sets before trials side by side would; they may be there."""
     knobs = base_knobs()
     prepare_missing(knobs['data_dir'], data_sets(), knobs['sources'], knobs['vocab_size'])
-
-
-def model_config(knobs):
-    shape = {key: value for key, value in knobs.items() if key in XmodelConfig.__annotations__}
-    return XmodelConfig(**shape)
 
 
 def first_phase(n_steps):
@@ -343,7 +339,7 @@ def transfer(folder):
         fail("rules: 'sp' has no embedding_lr to try")
     for rule in names:
         for size in sizes:
-            model_config(train_knobs(*base_flags(size), rule_flag(rule)))        # all are possible
+            train.model_config(train_knobs(*base_flags(size), rule_flag(rule)))     # is possible
     prepare_data()
     entries, began = {}, time.time()
 
@@ -393,7 +389,7 @@ def tpe():
 def search(folder):
     base, phase = base_knobs(), base_knobs()['phases'][0]
     with torch.device('meta'):
-        N = Xmodel(model_config(base)).num_params(embedding=False)
+        N = Xmodel(train.model_config(base)).num_params(embedding=False)
     batch_tokens = phase['batch'] * phase['block_size']
     n_steps = steps or math.ceil(10 * N / batch_tokens)
     target = apply and train_knobs(apply)
@@ -431,11 +427,9 @@ def search(folder):
     print(f'\n# the best of {trials} trials of {n_steps} steps of {config}: loss {loss}; the next '
           + ', '.join(f'{x:.3f}' for x, _ in tried[1:4] if x is not None))
     print(*(f'{key} = {value!r}' for key, value in best.items()), sep='\n')
-    for key, (low, high, log) in RANGES.items():
-        low_, high_, value = (math.log(x) if log else x for x in (low, high, best[key]))
-        if not 0.05 < (value - low_) / (high_ - low_) < 0.95:
-            print(f'# {key} is at the edge of its range, {low:.3g} to {high:.3g}: '
-                  'a better value may lie outside')
+    for key in at_the_edge(best):
+        print(f'# {key} is at the edge of its range, {RANGES[key][0]:.3g} to {RANGES[key][1]:.3g}: '
+              'a better value may lie outside')
     write_result(folder / 'search.json', {
         'loss': loss, 'best': best, 'steps': n_steps, 'trials': tried, 'sampler': sampler,
         'seed': seed, 'jobs': jobs})
@@ -444,9 +438,17 @@ def search(folder):
                             f'{apply} with the best', n=99, lineterm=''), sep='\n')
 
 
+def at_the_edge(values):
+    """Names of the searched knobs that lie in the outermost twentieths of their range."""
+    for key, (low, high, log) in RANGES.items():
+        low, high, value = (math.log(x) if log else x for x in (low, high, values[key]))
+        if not 0.05 < (value - low) / (high - low) < 0.95:
+            yield key
+
+
 def mup_lines(knobs):
     """Lines to compare: the searched knobs, and what model.mup_table makes of them at this size."""
-    c = model_config(knobs)
+    c = train.model_config(knobs)
     lines = [f'{key} = {knobs[key]!r}' for key in RANGES]
     lines.append(f'# at n_embd={c.n_embd}, n_layer={c.n_layer}, by mup_rules={c.mup_rules!r}:')
     for role, rule in mup_table(c).items():

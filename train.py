@@ -9,7 +9,6 @@
 A config file and then --key=value override the knobs below; --phases.NAME.KEY=value reaches into
 the curriculum. What a run writes is in out_dir: log.jsonl, run.json and checkpoints, step_N.pt.
 """
-import bisect
 import copy
 import itertools
 import json
@@ -91,8 +90,8 @@ eval_interval = 100           # steps between validations; each phase's end has 
 eval_rows = 16                # rows of each validation set
 checkpoint_interval = 100     # steps between checkpoints; each phase's end has one as well
 keep = 2                      # checkpoints to keep besides those of phase ends
-reference = ''                # another run's folder, as the proxy's: says where losses part from it
-reference_margin = 0.2        # nats by which the losses must differ for that
+reference = ''                # another run's folder, as the proxy's, to compare losses with
+reference_margin = 0.2        # nats above it from which validations say so
 
 # knobs that --resume lets change, since they do not decide what is learned; all others it refuses
 FREE = {'out_dir', 'resume', 'init_from', 'init_step', 'device', 'dtype', 'compile', 'data_dir',
@@ -131,7 +130,7 @@ def lr_at(step):
                                                   (embedding_lr, phase['embedding_lr'])))
 
 
-def check_phases():
+def check_phases(phases, steps_scale=1.0):
     """Fill in what phases may leave out and scale their steps; refuse in one line what is wrong."""
     if wrong := [phase for phase in phases if not isinstance(phase, dict)]:
         fail(f'phases: {wrong[0]!r} should be a dict, like those in config/proxy20m.py')
@@ -189,32 +188,21 @@ def evaluate(model, data, phase, rows, device, autocast):
     return losses
 
 
-def tokens_before(step):
-    """Tokens in the curriculum's steps 0 to step - 1."""
-    sizes = [phase['batch'] * phase['block_size'] for phase in phases]
-    firsts = itertools.accumulate((phase['steps'] for phase in phases), initial=0)
-    return sum(size * min(max(0, step - first), phase['steps'])
-               for phase, size, first in zip(phases, sizes, firsts))
+def reference_gap(proxy, recent, tokens, step_tokens):
+    """Mean of the last losses less that of the log `proxy` over the same tokens, or None; in nats.
 
-
-def part_ways(proxy, step, recent, parted):
-    """What to say, after `step`, if losses now leave the log `proxy` by more than reference_margin.
-
-    Or, where they had `parted`, if they are back within half of it. Compares the last 50 losses
-    with the proxy's over the same tokens; under µP a wider model's are a little lower.
+    recent: losses of steps of step_tokens tokens each, of which the last one ended at `tokens`.
     """
-    low, high = (bisect.bisect_right(proxy, tokens_before(s), key=lambda e: e['tokens'])
-                 for s in (step - 49, step + 1))
-    if len(recent) < 50 or low == high:
-        return ''
-    gap = statistics.fmean(recent) - statistics.fmean(e['loss'] for e in proxy[low:high])
-    if parted == (abs(gap) > reference_margin / (2 if parted else 1)):
-        return ''
-    news = f'loss is {abs(gap):.3f} {"below" if gap < 0 else "above"} that of {reference}'
-    if parted:
-        return news + ', near it again'
-    return news + (', as a wider model is, or one with other data' if gap < 0 else
-                   ": look at µP's attention scale, embedding lr, matrices' lr (coord_check.py)")
+    first = tokens - len(recent) * step_tokens
+    theirs = [entry['loss'] for entry in proxy if first < entry['tokens'] <= tokens]
+    return statistics.fmean(recent) - statistics.fmean(theirs) if theirs else None
+
+
+def model_config(knobs):
+    """The XmodelConfig of these knobs; ValueError where no such model can be."""
+    shape = {f.name: knobs[f.name] for f in fields(XmodelConfig) if f.name in knobs}
+    longest = max((phase['block_size'] for phase in knobs['phases']), default=1)
+    return XmodelConfig(**shape, block_size=longest)
 
 
 def main():
@@ -224,7 +212,7 @@ def main():
     check_range(globals(), 0, 2**63, 'seed', 'steps_scale', 'learning_rate', 'embedding_lr',
                 'weight_decay', 'grad_clip', 'keep', 'reference_margin')
     check_range(globals(), 0, 1, 'beta1', 'beta2', 'momentum')
-    check_phases()
+    check_phases(phases, steps_scale)
     total = sum(phase['steps'] for phase in phases)
     # torchrun sets these; every rank computes its share of the rows of every batch
     rank, world = (int(os.environ.get(key, n)) for key, n in (('RANK', '0'), ('WORLD_SIZE', '1')))
@@ -254,9 +242,8 @@ def main():
         fail(f'{run} holds a run already: --resume goes on with it, --out_dir=DIR starts another')
     resuming = resume and bool(checkpoints(run))
     names = list(dict.fromkeys(name for phase in phases for name in phase['data']))
-    shape = {f.name: globals()[f.name] for f in fields(XmodelConfig) if f.name != 'block_size'}
     try:
-        config = XmodelConfig(**shape, block_size=max(phase['block_size'] for phase in phases))
+        config = model_config(globals())
         start = read_checkpoint(run if resuming else init_from) if resuming or init_from else None
         if rank == 0:
             prepare_missing(data_dir, names, sources, vocab_size)
@@ -275,7 +262,7 @@ def main():
     model = Xmodel(config).to(where)
     step, tokens, kind, optimizers = 0, 0, None, None            # kind: 'adamw' or 'muon'
     recent, watch = [], (-50, 0.0)          # last losses; (change of optimizer, limit after it)
-    proxy, parted = read_log(reference) if reference else [], False          # parted: too far off
+    proxy = read_log(reference) if reference else []
     if start:
         for line in changes(asdict(start['config']), asdict(config)):
             if not line.startswith(('block_size', 'muon_lr_scaling')):
@@ -290,7 +277,6 @@ def main():
         if step == start['step']:
             tokens, kind = start['tokens'], start['optimizer']
             recent, watch = start['recent'], start['watch']
-            parted = resuming and start['parted']
         if step >= total:
             fail(f'{start["path"]} is at step {step} of {total}: nothing is left to do'
                  + (' (--init_step=0 starts anew with its weights)' if not resuming else ''))
@@ -395,15 +381,18 @@ def main():
             say(f'step {step}: loss {mean:.3f} after the change of optimizer is above '
                 f'{watch[1]:.3f}, 4 deviations over the 50 steps before: look at lr, weight decay')
             watch = (-50, 0.0)
-        if proxy and (news := part_ways(proxy, step, recent, parted)):
-            parted, entry['note'] = not parted, '; '.join(filter(None, (entry.get('note'), news)))
-            say(f'step {step}: {news}')
         step += 1
         phase_ends = step == first + phase['steps']
         if step % eval_interval == 0 or phase_ends:
             entry['val_losses'] = val = evaluate(model, data, phase, rows, where, autocast)
             entry['val_loss'] = statistics.fmean(val.values(), phase['data'].values())
             say(f'step {step}: validation loss' + ','.join(f' {k} {v:.4f}' for k, v in val.items()))
+            gap = reference_gap(proxy, recent, tokens, step_tokens) if step - first >= 50 else None
+            if gap is not None:
+                entry['reference_gap'] = gap
+                if gap > reference_margin:                       # a wider model's loss is lower
+                    say(f'step {step}: loss is {gap:.3f} above that of {reference}: look at µP\'s '
+                        "attention scale, embedding lr, matrices' lr (coord_check.py)")
         if rank == 0:
             with open(log_file, 'a') as f:
                 f.write(json.dumps(entry) + '\n')
@@ -420,7 +409,7 @@ def main():
         # --- checkpoint ---
         if rank == 0 and (step % checkpoint_interval == 0 or phase_ends):
             state = {'model': model.state_dict(), 'config': asdict(config), 'step': step,
-                     'tokens': tokens, 'recent': recent, 'watch': watch, 'parted': parted,
+                     'tokens': tokens, 'recent': recent, 'watch': watch,
                      'knobs': knobs, 'optimizer': kind,
                      'optimizer_states': [o.state_dict() for o in optimizers]}
             replace_file(run / f'step_{step}.pt', lambda f: torch.save(state, f))  # noqa: B023

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import configurator
+import sample
 import train
 from checkpoint import load_model
 from model import (
@@ -21,7 +22,6 @@ from model import (
     mup_table,
     role_of,
     rope_angles,
-    sample_token,
 )
 
 TINY = XmodelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_ffn=160, vocab_size=96,
@@ -181,10 +181,10 @@ def test_training_never_holds_all_logits():
 # --- shape, init, µP ---
 
 def config_of(file):
-    """The XmodelConfig of a config file, as train.py would build it."""
+    """The XmodelConfig of a config file."""
     knobs = dict(vars(train))
     configurator.configure(knobs, [str(Path(train.__file__).parent / 'config' / file)])
-    return XmodelConfig(**{key: knobs[key] for key in asdict(TINY) if key in knobs})
+    return train.model_config(knobs)
 
 
 @pytest.mark.parametrize('file, total, embedding', [
@@ -402,7 +402,7 @@ def generate(model, prompts, n, **knobs):
     """(B, steps) ids; a seed makes the generator."""
     if 'seed' in knobs:
         knobs['generator'] = torch.Generator().manual_seed(knobs.pop('seed'))
-    return torch.stack(list(model.generate(prompts, n, **knobs)), dim=1)
+    return torch.stack(list(sample.generate(model, prompts, n, **knobs)), dim=1)
 
 
 def test_cached_greedy_equals_recomputation():
@@ -454,7 +454,7 @@ def test_truncation_to_one_token_is_greedy_and_a_seed_fixes_sampling():
 def test_sample_token_draws_from_the_truncated_softmax(knobs, expected):
     n, p, expected = 20_000, torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2]), torch.tensor(expected)
     logits = (p.log() + 3).expand(n, 5)
-    tokens = sample_token(logits, generator=torch.Generator().manual_seed(0), **knobs)
+    tokens = sample.sample_token(logits, generator=torch.Generator().manual_seed(0), **knobs)
     counts = tokens.bincount(minlength=5)
     assert (counts[expected == 0] == 0).all()
     kept = expected > 0

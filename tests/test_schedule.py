@@ -17,7 +17,7 @@ def xmodel25(monkeypatch):
     configurator.configure(knobs, [str(Path(train.__file__).parent / 'config/xmodel25.py')])
     for key, value in configurator.knob_values(knobs).items():
         monkeypatch.setattr(train, key, value)
-    train.check_phases()
+    train.check_phases(train.phases, train.steps_scale)
 
 
 @pytest.mark.parametrize('step, matrices, embedding', [

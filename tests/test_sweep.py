@@ -159,6 +159,29 @@ def test_the_price_of_transfer_is_by_seed_and_at_the_best_of_all_seeds():
     assert len(summary['sizes'][128]['curve']) == 11
 
 
+@pytest.mark.parametrize('grid, knobs', [
+    ('lr', {'learning_rate': 0.125, 'embedding_lr': 0.125}),
+    ('embedding_lr', {'embedding_lr': 0.125}), ('init_std', {'init_std': 0.125}),
+    ('output_scale', {'output_scale': 0.125})])
+def test_a_grid_sets_its_knobs_and_no_others(tmp_path, config, monkeypatch, grid, knobs):
+    monkeypatch.setattr(sweep, 'config', os.fspath(tmp_path / 'small.py'))
+    monkeypatch.setattr(sweep, 'grid', grid)
+    trial = sweep.train_knobs(*sweep.trial_flags('textbook', 128, -3, 7))
+    wide = {'n_embd': 128, 'n_head': 2, 'n_ffn': 320, 'seed': 7}
+    assert {k: v for k, v in trial.items() if v != sweep.base_knobs()[k] and k != 'phases'} == \
+        wide | knobs
+    assert {phase['optimizer'] for phase in trial['phases']} == {'adamw'}
+
+
+def test_values_at_the_edge_of_their_range():
+    middle = {key: math.sqrt(low * high) if log else (low + high) / 2
+              for key, (low, high, log) in sweep.RANGES.items()}
+    assert list(sweep.at_the_edge(middle)) == []
+    # a twentieth of the twelve powers of two is 0.6 of one
+    odd = middle | {'learning_rate': 2**-14.5, 'embedding_lr': 2**-3.7, 'init_std': 0.195}
+    assert list(sweep.at_the_edge(odd)) == ['learning_rate', 'init_std']
+
+
 @pytest.mark.parametrize('argv, says', [
     ([], "'' should be search or transfer"), (['serach'], "'serach' should be search or transfer"),
     (['transfer', '--widths=64,x'], "widths='64,x' should be"),
@@ -175,6 +198,7 @@ def test_the_price_of_transfer_is_by_seed_and_at_the_best_of_all_seeds():
     (['transfer', '--flags=--n_lyer=3'], 'unknown key'), (['transfer', '--config=no.py'], 'no.py'),
     (['transfer', "--flags='"], 'flags'), (['search', '--trials=0'], 'trials=0 should be'),
     (['search', '--apply=no.py'], 'no.py'), (['transfer', '--name=a/../../b'], 'name'),
+    (['search', '--flags=--phases.stable.batch=0'], 'batch=0 should be'),
 ])
 def test_a_mistake_gets_one_line_and_leaves_nothing(tmp_path, config, argv, says):
     before = set(os.listdir(tmp_path))

@@ -5,6 +5,7 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 
@@ -312,42 +313,28 @@ def test_the_full_run_says_how_to_make_its_data(tmp_path):
 
 # --- beside the proxy's curve ---
 
-def test_a_run_that_leaves_its_reference_says_so_once(tiny, tmp_path):
+def test_a_run_above_its_reference_says_so(tiny, tmp_path):
     short = [*tiny, '--phases.stable.steps=60', '--phases.decay.steps=0', '--phases.long.steps=0',
-             '--eval_interval=100', '--checkpoint_interval=52']
-    proxy, stuck = tmp_path / 'proxy', tmp_path / 'stuck'
+             '--eval_interval=50']
+    proxy, stuck, same = tmp_path / 'proxy', tmp_path / 'stuck', tmp_path / 'same'
     assert run('train.py', *short, f'--out_dir={proxy}').returncode == 0
     follow = [f'--reference={proxy}', '--reference_margin=0.1']
-    frozen = [*short, '--learning_rate=0', '--embedding_lr=0', f'--out_dir={stuck}', *follow]
-    for more in ([], ['--resume']):
-        done = run('train.py', *frozen, *more)
-        notes = [(line['step'], line['note']) for line in log(stuck) if 'note' in line]
-        assert len(notes) == 1 and notes[0][0] == 49
-        assert f'above that of {proxy}: look at' in notes[0][1] and 'embedding lr' in notes[0][1]
-        assert done.stdout.count('look at') == 1 - bool(more)
-        (stuck / 'step_60.pt').unlink()                          # so that it resumes at 52
-    same_again = run('train.py', *short, f'--out_dir={tmp_path / "same"}', *follow)
-    assert 'that of' not in same_again.stdout
-    assert not any('note' in line for line in log(tmp_path / 'same'))
+    told = run('train.py', *short, '--learning_rate=0', '--embedding_lr=0', f'--out_dir={stuck}',
+               *follow).stdout
+    gaps = {line['step'] + 1: line['reference_gap'] for line in log(stuck)
+            if 'reference_gap' in line}
+    means = [[statistics.fmean(line['loss'] for line in log(folder)[steps])
+              for steps in (slice(0, 50), slice(10, 60))] for folder in (stuck, proxy)]
+    assert gaps == pytest.approx({50: means[0][0] - means[1][0], 60: means[0][1] - means[1][1]})
+    for step, gap in gaps.items():
+        assert f"step {step}: loss is {gap:.3f} above that of {proxy}: look at µP's" in told
+    told = run('train.py', *short, f'--out_dir={same}', *follow).stdout
+    assert 'above that of' not in told and log(same)[-1]['reference_gap'] == 0
 
 
-def test_parting_ways_compares_the_same_tokens_and_ends(monkeypatch):
-    monkeypatch.setattr(train, 'reference_margin', 0.25)
-    monkeypatch.setattr(train, 'reference', 'out/proxy')
-    monkeypatch.setattr(train, 'phases', [                       # 100 tokens a step, then 400
-        {'steps': 1000, 'batch': 1, 'block_size': 100},
-        {'steps': 500, 'batch': 2, 'block_size': 200}])
-    assert [train.tokens_before(s) for s in (0, 7, 1000, 1003, 1500)] == \
-        [0, 700, 100_000, 101_200, 300_000]
+def test_a_reference_of_other_steps_is_compared_over_the_same_tokens():
     proxy = [{'tokens': 100 * i, 'loss': 10 - 0.01 * i} for i in range(1, 1201)]
-    flat = [5.0] * 50                        # the proxy's mean over steps 450 to 499 is 5.245
-    for step, parted, says in ((499, False, ''), (599, False, '0.755'), (599, True, ''),
-                               (399, False, '1.245'), (499, True, ''), (489, True, ''),
-                               (515, True, 'near it again'), (1400, False, '')):
-        news = train.part_ways(proxy, step, flat, parted)
-        assert says in news and bool(news) == bool(says), step
-    assert 'look at' in train.part_ways(proxy, 599, flat, False)
-    assert 'as a wider model is' in train.part_ways(proxy, 399, flat, False)
-    assert train.part_ways(proxy, 599, flat[1:], False) == ''              # too early to say
-    # steps 970 to 1019 are the tokens 97 000 to 108 000, whose mean is 10 - 0.01 * 1025.5
-    assert '5.255 above' in train.part_ways(proxy, 1019, flat, False)
+    # 50 steps of 400 tokens that end at token 100 000: the proxy's steps 801 to 1000
+    assert train.reference_gap(proxy, [5.0] * 50, 100_000, 400) == pytest.approx(5 - 0.995)
+    assert train.reference_gap(proxy, [5.0] * 50, 200_000, 400) is None
+    assert train.reference_gap([], [5.0] * 50, 200_000, 400) is None
