@@ -8,6 +8,7 @@
     python plot.py results/coord_check/textbook.json results/coord_check/sp.json --png=check.png
 """
 import json
+import math
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -111,36 +112,35 @@ def plot_transfer(told, png, default):
     rules, grid, axis = told['rules'], told['grid'], told['axis']
     figure, axes = pyplot().subplots(2, len(rules), figsize=(1.5 + 3.25 * len(rules), 6),
                                      sharey='row', squeeze=False, layout='constrained')
-    best = [x for rule in rules.values() for row in rule['sizes'].values()
+    seen = [x for rule in rules.values() for row in rule['sizes'].values()
             for losses in row['losses'].values() for x in losses if x is not None]
-    lowest = min(best, default=0)
+    lowest, highest = min(seen, default=0), max(seen, default=1)
     for (name, rule), top, bottom in zip(rules.items(), *axes):
         carried, sizes = rule['carried'], rule['sizes']
         for (size, row), colour, marker in zip(sizes.items(), shades(len(sizes)), MARKERS * 3):
-            points = {int(e): [x for x in losses if x is not None]
-                      for e, losses in sorted(row['losses'].items(), key=lambda p: int(p[0]))}
-            points = {e: (np.mean(losses), min(losses), max(losses))
-                      for e, losses in points.items() if losses}   # without those that diverged
-            if points:
-                y, low, high = np.array(list(points.values())).T
-                top.errorbar(list(points), y, (y - low, high - y), color=colour, marker=marker,
-                             markersize=4, linewidth=1.2, capsize=2, label=f'{axis} {size}')
-            if row['best'] in points:
-                top.plot(row['best'], points[row['best']][0], '*', color='#D55E00', markersize=11,
-                         zorder=3)
+            points = {int(e): [math.nan if x is None else x for x in losses] for e, losses in
+                      sorted(row['losses'].items(), key=lambda p: int(p[0]))}
+            # a line through the first seed, which all points have
+            top.plot(list(points), [losses[0] for losses in points.values()], color=colour,
+                     marker=marker, markersize=4, linewidth=1.2, label=f'{axis} {size}')
+            for e, losses in points.items():
+                top.plot([e] * len(losses[1:]), losses[1:], marker, color=colour, markersize=4,
+                         alpha=0.4, markeredgewidth=0)
+            top.plot(row['best'], points[row['best']][0], '*', color='#D55E00', markersize=11,
+                     zorder=3)
             bottom.plot(np.arange(len(row['curve'])) + 20, row['curve'], color=colour,
                         linewidth=1.2)
         price = [x for x in list(sizes.values())[-1]['price'] if x is not None]
         costs = f'costs {np.mean(price):.3f}' if price else 'diverges'
         top.axvline(carried, color='black', linewidth=0.8, linestyle=':')
         top.set(title=f'{name}: $2^{{{carried}}}$ at {axis} {list(sizes)[-1]} {costs}',
-                xlabel=f'log2 of {grid}', ylim=(lowest - 0.05, lowest + 1.3))
+                xlabel=f'log2 of {grid}', ylim=(lowest - 0.05, min(lowest + 1.3, highest + 0.05)))
         bottom.set(title=f'at {grid} = $2^{{{carried}}}$', xlabel='step',
                    ylim=(lowest - 0.05, lowest + 2))
         for panel in (top, bottom):
             panel.grid(alpha=0.25)
             panel.title.set_fontsize('medium')
-    axes[0, 0].set(ylabel='loss at the end (nats a token)')
+    axes[0, 0].set(ylabel='loss at the end (nats a token);\nfaint: other seeds')
     axes[1, 0].set(ylabel='loss, mean of 20 steps')
     if axes[0, 0].get_legend_handles_labels()[0]:
         axes[0, 0].legend(fontsize='small', loc='upper center')

@@ -290,16 +290,13 @@ def mean_curve(runs):
 def print_transfer(summary, axis, warmup):
     for rule, told in summary.items():
         grid_points = list(next(iter(told['sizes'].values()))['losses'])
-        print(f'\n{rule}: loss by log2 of {grid}, * the best; price: loss with 2^{told["carried"]}'
-              f' less the best, mean and range over seeds')
+        print(f'\n{rule}: loss of seed {seed} by log2 of {grid}, * the best of all seeds; price: '
+              f'loss with 2^{told["carried"]} less the best, mean and range over seeds')
         print(f'{axis:>6}', *(f'{e:>6}' for e in grid_points), '  best  price')
         curves = []
         for size, row in told['sizes'].items():
-            cells = []
-            for e in grid_points:
-                ok = [x for x in row['losses'][e] if x is not None]
-                cells.append((f'{statistics.fmean(ok):.3f}' if ok else 'nan')
-                             + ('*' if e == row['best'] else ' '))
+            cells = [('nan' if losses[0] is None else f'{losses[0]:.3f}')
+                     + ('*' if e == row['best'] else ' ') for e, losses in row['losses'].items()]
             price = [x for x in row['price'] if x is not None]
             edge = ', at the edge' if row['best'] in (grid_points[0], grid_points[-1]) else ''
             print(f'{size:>6}', *(f'{cell:>6}' for cell in cells), f'  2^{row["best"]:<4}'

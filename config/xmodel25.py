@@ -15,7 +15,8 @@ n_embd = 1536
 n_ffn = 3840
 vocab_size = 129_280
 mup_rules = 'authors'                   # with the released code's two deviations from the textbook
-muon_lr_scaling = '1/m'                 # the authors' own
+# the authors' own; '1/sqrt(m)' is what transfers (results/README.md): at m = 6, 2.4 times this
+muon_lr_scaling = '1/m'
 
 _stable = {
     'ultrafineweb-en': 0.41, 'ultrafineweb-zh': 0.20, 'starcoder': 0.26, 'books': 0.01,

@@ -65,7 +65,7 @@ def result(folder, name, told):
 
 
 def test_transfer_curves(tmp_path, figures, capsys):
-    row = {'best': -7, 'losses': {'-8': [3.2, 3.0], '-7': [3.0, 3.0], '-6': [None]},
+    row = {'best': -7, 'losses': {'-8': [3.2, 3.0], '-7': [3.0, 3.0], '-6': [4.0, None]},
            'price': [0.1, 0.3], 'curve': [5.0, 4.0, 3.5]}
     told = {'kind': 'transfer', 'grid': 'lr', 'axis': 'width', 'rules': {
         rule: {'carried': -7, 'sizes': {'64': row, '128': row}} for rule in ('textbook', 'sp')}}
@@ -75,7 +75,9 @@ def test_transfer_curves(tmp_path, figures, capsys):
     assert top.get_title() == 'textbook: $2^{-7}$ at width 128 costs 0.200'
     assert top.get_legend_handles_labels()[1] == ['width 64', 'width 128']
     line, star = top.lines[0], next(x for x in top.lines if x.get_marker() == '*')
-    assert list(line.get_xdata()) == [-8, -7] and list(line.get_ydata()) == [3.1, 3.0]
+    assert list(line.get_xdata()) == [-8, -7, -6] and list(line.get_ydata()) == [3.2, 3.0, 4.0]
+    others = [*top.lines[1].get_ydata(), *top.lines[2].get_ydata()]     # those of the second seed
+    assert others == [3.0, 3.0]
     assert list(star.get_xdata()) == [-7] and list(star.get_ydata()) == [3.0]
     assert list(bottom.lines[0].get_ydata()) == [5.0, 4.0, 3.5]
 
