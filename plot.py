@@ -199,7 +199,7 @@ def main(paths):
             fail(f'png={png!r} is one file, and these are {len(pictures)} pictures')
         for draw, what, default in pictures:
             draw(what, png, default)
-    except (KeyError, TypeError, AttributeError, IndexError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
         fail(f'{", ".join(map(str, paths))}: results are damaged or of another version '
              f'({type(e).__name__}: {e})')
 

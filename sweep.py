@@ -13,7 +13,6 @@ in results/NAME/. A trial's loss is the mean training loss over the last tenth o
 """
 import functools
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -104,10 +103,11 @@ def run_trial(trial, running):
 def read_trials(file):
     """{(made_of, *flags): entry} of a trials.jsonl, without a line cut off by a kill."""
     found = {}
-    for line in file.read_text(encoding='utf-8').splitlines(True) if file.exists() else ():
+    for line in file.read_text('utf-8', 'replace').splitlines(True) if file.exists() else ():
         try:
             entry = json.loads(line)
             if entry['status'] in ('ok', 'nan'):                 # one that failed is tried again
+                _ = entry['loss'], entry['seconds'], entry['status'] == 'nan' or entry['losses']
                 found[entry['made_of'], *entry['flags']] = entry
         except (ValueError, KeyError, TypeError):
             if line.endswith('\n'):
@@ -194,10 +194,10 @@ def data_sets():
 @functools.cache
 def made_of():
     """Hash of what decides a trial's result beside its flags: config, code, torch and text."""
-    here, data_dir = Path(__file__).parent, base_knobs()['data_dir']
-    parts = [Path(config).read_text(), torch.__version__,
-             *(here.joinpath(file).read_text() for file in ('model.py', 'muon.py', 'train.py')),
-             *(Path(data_dir, name, 'meta.json').read_text() for name in data_sets())]
+    here, knobs = Path(__file__).parent, base_knobs()
+    code = ('data_prep.py', 'model.py', 'muon.py', 'train.py')
+    parts = [repr(knobs), torch.__version__, *(here.joinpath(file).read_text() for file in code),
+             *(Path(knobs['data_dir'], name, 'meta.json').read_text() for name in data_sets())]
     return hashlib.sha256('\0'.join(parts).encode()).hexdigest()[:12]
 
 
@@ -303,10 +303,10 @@ def print_transfer(summary, axis, warmup):
                   + (f'{statistics.fmean(price):.4f} ({min(price):.4f} to {max(price):.4f})'
                      if price else 'diverges') + edge)
             curves.append(row['curve'][warmup:])
-        better = [np.mean(np.array(b) < np.array(a)) if a and b else 0
-                  for a, b in itertools.pairwise(curves)]
-        print(f'at 2^{told["carried"]}, share of the steps after warmup at which each {axis} has '
-              f'lower loss than the one before: {", ".join(f"{x:.0%}" for x in better)}')
+        if all(curves) and curves[1:]:                           # none where all seeds diverged
+            better = [np.mean(np.array(b) < np.array(a)) for a, b in itertools.pairwise(curves)]
+            print(f'at 2^{told["carried"]}, share of the steps after warmup at which each {axis} '
+                  f'has lower loss than the one before: {", ".join(f"{x:.0%}" for x in better)}')
 
 
 def exponent_range():
@@ -332,6 +332,8 @@ def transfer(folder):
     if optimizer == 'muon' and (grid != 'lr' or not phases[1:] or not all(
             phase['optimizer'] == 'muon' for phase in phases[1:])):
         fail("optimizer='muon' needs grid='lr', and a config whose later phases are all Muon's")
+    if '' in names:
+        fail(f'rules={rules!r} should be names, as textbook,sp')
     if 'sp' in names and grid == 'embedding_lr':
         fail("rules: 'sp' has no embedding_lr to try")
     for rule in names:
@@ -372,12 +374,12 @@ def transfer(folder):
 
 def tpe():
     """optuna's study by a tree-structured Parzen estimator, as in the paper; None: Sobol points."""
-    if sampler == 'sobol' or sampler == 'auto' and importlib.util.find_spec('optuna') is None:
+    if sampler == 'sobol':
         return None
     try:
         import optuna
     except ImportError:
-        fail('pip install optuna, or --sampler=sobol')
+        return None if sampler == 'auto' else fail('pip install optuna, or --sampler=sobol')
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
     return optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, constant_liar=True))
@@ -462,7 +464,7 @@ def main():
     global jobs, name, config, rules
     if command not in ('search', 'transfer'):
         fail(f'{command!r} should be search or transfer: python sweep.py --help')
-    check_range(globals(), 0, 2**63, 'steps', 'seed', 'jobs')
+    check_range(globals(), 0, 2**32, 'steps', 'seed', 'jobs')
     check_range(globals(), 1, 2**63, 'trials', 'seeds')
     jobs = jobs or (1 if torch.cuda.is_available() else os.cpu_count())
     usual = ('adamw', '', 'heads', 'lr')
@@ -470,7 +472,7 @@ def main():
         (optimizer, 'depth' * bool(depths), grow, grid), usual) if has != common)])
     config = config or ('config/proxy20m.py' if command == 'search' else 'config/transfer.py')
     rules = rules or ('1/m,1/sqrt(m),const' if optimizer == 'muon' else 'textbook,sp')
-    if not re.fullmatch(r'[\w.()-]+', name):
+    if not re.fullmatch(r'\w[\w.()-]*', name):
         fail(f'name={name!r} should be that of a folder under results/')
     folder = Path('results', name)
     try:

@@ -189,11 +189,14 @@ def evaluate(model, data, phase, rows, device, autocast):
 
 
 def reference_gap(proxy, recent, tokens, step_tokens):
-    """Mean of the last losses less that of the log `proxy` over the same tokens, or None; in nats.
+    """Mean of the last losses less that of the log `proxy` over the same tokens, in nats.
 
     recent: losses of steps of step_tokens tokens each, of which the last one ended at `tokens`.
+    None where the log has not come so far.
     """
     first = tokens - len(recent) * step_tokens
+    if not proxy or proxy[-1]['tokens'] < tokens:
+        return None
     theirs = [entry['loss'] for entry in proxy if first < entry['tokens'] <= tokens]
     return statistics.fmean(recent) - statistics.fmean(theirs) if theirs else None
 

@@ -116,7 +116,9 @@ def test_as_a_program(tmp_path, data_dir):
     ('--break=logit', "mup_break='logit' should be a rule of µP, one of init_out, "),
     ('--widths=64,x', 'widths'), ('--widths=64', 'widths'), ('--widths=0,64', 'widths'),
     ('--depths=3', 'depths'), ('--steps=0', 'steps=0'), ('--seeds=0', 'seeds=0'),
-    ('--widths=64,96', 'width 96 is not made of heads of 64'),
+    ('--widths=64,96,320', 'width 96 is not made of heads of 64'),
+    ('--widths=64,128', 'should span a factor of 4'), ('--widths=16,64', 'should begin at 64'),
+    ('--vary=heads --depths=2,4', 'is for vary=depth'),
     ('--block_size=5000', 'block_size=5000'),
     ('--mup_rules=sp --optimizer=muon', "Muon's lr, and sp has none"),
     ('--vary=heigth', "--vary=heigth: 'heigth'"), ('--learning_rate=nan', 'learning_rate=nan')])

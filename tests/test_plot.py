@@ -107,7 +107,9 @@ def test_coordinate_check_panels(tmp_path, figures, capsys):
 
 
 @pytest.mark.parametrize('text', ['', '[]', '{}', '{"kind": 3}', '{"kind": "transfer"}',
-                                  '{"kind": "coord_check"}', '{"kind": "search"}'])
+                                  '{"kind": "coord_check"}', '{"kind": "search"}',
+                                  '{"kind": "coord_check", "vary": "heads", "rows": {}}',
+                                  '{"kind": "transfer", "rules": {}, "grid": "", "axis": ""}'])
 def test_results_that_cannot_be_drawn(tmp_path, capsys, text):
     (tmp_path / 'a.json').write_text(text)
     with pytest.raises(SystemExit) as e:

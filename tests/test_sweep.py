@@ -140,6 +140,16 @@ def test_a_trial_of_other_code_or_text_is_run_again(tmp_path, config, monkeypatc
     assert first['flags'] == second['flags'] and first['made_of'] != second['made_of']
 
 
+def test_a_config_among_the_flags_counts_as_well(tmp_path, config):
+    command = ['transfer', '--widths=32', '--exponents=-6,-6', '--seeds=1', '--rules=sp', config,
+               '--flags=more.py']
+    for text in ('momentum = 0.9', 'norm_eps = 0.1'):
+        (tmp_path / 'more.py').write_text(text)
+        assert run('sweep.py', *command, cwd=tmp_path).returncode == 0
+    first, second = lines(tmp_path)
+    assert first['flags'] == second['flags'] and first['loss'] != second['loss']
+
+
 def entries(losses):
     return {key: {'loss': loss, 'losses': [9.0] * 30, 'seconds': 1} for key, loss in losses.items()}
 
@@ -198,6 +208,8 @@ def test_values_at_the_edge_of_their_range():
     (['transfer', '--flags=--n_lyer=3'], 'unknown key'), (['transfer', '--config=no.py'], 'no.py'),
     (['transfer', "--flags='"], 'flags'), (['search', '--trials=0'], 'trials=0 should be'),
     (['search', '--apply=no.py'], 'no.py'), (['transfer', '--name=a/../../b'], 'name'),
+    (['transfer', '--name=..'], 'name'), (['transfer', '--rules=sp,'], "rules='sp,' should be"),
+    (['search', '--seed=4294967296'], 'seed=4294967296 should be'),
     (['search', '--flags=--phases.stable.batch=0'], 'batch=0 should be'),
 ])
 def test_a_mistake_gets_one_line_and_leaves_nothing(tmp_path, config, argv, says):
@@ -207,8 +219,11 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(tmp_path, config, argv, says
     assert set(os.listdir(tmp_path)) == before
 
 
-def test_lines_that_are_no_trials_are_refused(tmp_path, config):
+@pytest.mark.parametrize('line', [
+    b'{"flags": 3}', b'\xff\xfe', b'[]',
+    b'{"flags": [], "made_of": "", "status": "ok", "loss": 1.0, "seconds": 1}'])
+def test_lines_that_are_no_trials_are_refused(tmp_path, config, line):
     (tmp_path / 'out/sweep/transfer').mkdir(parents=True)
-    (tmp_path / 'out/sweep/transfer/trials.jsonl').write_text('{"flags": 3}\n')
+    (tmp_path / 'out/sweep/transfer/trials.jsonl').write_bytes(line + b'\n')
     assert 'trials.jsonl: not the line of a trial' in refused(
         run('sweep.py', *TRANSFER, config, cwd=tmp_path))

@@ -336,5 +336,6 @@ def test_a_reference_of_other_steps_is_compared_over_the_same_tokens():
     proxy = [{'tokens': 100 * i, 'loss': 10 - 0.01 * i} for i in range(1, 1201)]
     # 50 steps of 400 tokens that end at token 100 000: the proxy's steps 801 to 1000
     assert train.reference_gap(proxy, [5.0] * 50, 100_000, 400) == pytest.approx(5 - 0.995)
-    assert train.reference_gap(proxy, [5.0] * 50, 200_000, 400) is None
+    assert train.reference_gap(proxy, [5.0] * 50, 120_000, 400) is not None
+    assert train.reference_gap(proxy, [5.0] * 50, 120_400, 400) is None      # it ends before that
     assert train.reference_gap([], [5.0] * 50, 200_000, 400) is None
