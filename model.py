@@ -356,6 +356,9 @@ def chunked_cross_entropy(x, weight, targets, multiplier):
 if __name__ == '__main__':
     with torch.device('meta'):
         model = Xmodel(XmodelConfig())
+    print(f'width {model.config.n_embd}, {model.config.n_layer} blocks, by the textbook:')
     for role, rule in model.table.items():
-        print(f'{role:11} {rule}')
+        print(f'{role:11}', ', '.join(f'{key} {value:.4g}' if type(value) in (int, float) else
+                                      f'{key} {value}' for key, value in rule._asdict().items()
+                                      if value is not None))
     print(f'{model.num_params():,} parameters, {model.num_params(False):,} without the embedding')

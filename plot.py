@@ -127,12 +127,13 @@ def plot_transfer(told, png, default):
                 top.plot([e] * len(losses[1:]), losses[1:], marker, color=colour, markersize=4,
                          alpha=0.4, markeredgewidth=0)
             top.plot(row['best'], points[row['best']][0], '*', color='#D55E00', markersize=11,
-                     zorder=3)
+                     zorder=3, label='best of all seeds' if size == list(sizes)[-1] else None)
             bottom.plot(np.arange(len(row['curve'])) + 20, row['curve'], color=colour,
                         linewidth=1.2)
         price = [x for x in list(sizes.values())[-1]['price'] if x is not None]
         costs = f'costs {np.mean(price):.3f}' if price else 'diverges'
-        top.axvline(carried, color='black', linewidth=0.8, linestyle=':')
+        top.axvline(carried, color='black', linewidth=0.8, linestyle=':',
+                    label=f'best at {axis} {next(iter(sizes))}')
         top.set(title=f'{name}: $2^{{{carried}}}$ at {axis} {list(sizes)[-1]} {costs}',
                 xlabel=f'log2 of {grid}', ylim=(lowest - 0.05, min(lowest + 1.3, highest + 0.05)))
         bottom.set(title=f'at {grid} = $2^{{{carried}}}$', xlabel='step',

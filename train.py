@@ -395,7 +395,8 @@ def main():
                 entry['reference_gap'] = gap
                 if gap > reference_margin:                       # a wider model's loss is lower
                     say(f'step {step}: loss is {gap:.3f} above that of {reference}: look at µP\'s '
-                        "attention scale, embedding lr, matrices' lr (coord_check.py)")
+                        "attention scale, embedding lr, matrices' lr (coord_check.py), if the "
+                        'knobs are the same but for the width')
         if rank == 0:
             with open(log_file, 'a') as f:
                 f.write(json.dumps(entry) + '\n')
