@@ -154,7 +154,7 @@ def plot_coord_check(tables, png, default):
                   or any(table['rows'][q]['holds'] is False for table in tables)]
     figure, axes = pyplot().subplots(
         len(tables), len(quantities), squeeze=False, sharey='col', layout='constrained',
-        figsize=(max(6, 1.55 * len(quantities)), 0.6 + 1.6 * len(tables)))
+        figsize=(max(6, 1.4 * len(quantities)), 0.6 + 1.6 * len(tables)))
     for table, panels in zip(tables, axes):
         for quantity, panel in zip(quantities, panels):
             row, sizes = table['rows'][quantity], table['sizes']
@@ -162,21 +162,21 @@ def plot_coord_check(tables, png, default):
             panel.plot(sizes, size[0], 'k--', linewidth=1, label='size at init')
             for t, colour in enumerate(shades(len(change) - 1), 1):
                 panel.plot(sizes, change[t], color=colour, linewidth=1.2, marker='.',
-                           markersize=4, label=f'change, step {t}')
+                           markersize=4, label='change, step 1' if t == 1 else f'{t}')
             panel.set(xscale='log', yscale='log')
-            panel.set_xticks(sizes, sizes, fontsize=7)
+            panel.set_xticks(sizes, sizes, fontsize=8)
             panel.minorticks_off()
-            panel.tick_params(axis='y', labelsize=7)
+            panel.tick_params(axis='y', labelsize=8)
             slopes = f'{row["size_slopes"][0]:+.2f}, {max(row["change_slopes"], key=abs):+.2f}'
             panel.set_title(f'{quantity}\n' * (table is tables[0]) + slopes
-                            + ' ✗' * (row['holds'] is False), fontsize=8,
+                            + ' ✗' * (row['holds'] is False), fontsize=9,
                             color='#D55E00' if row['holds'] is False else 'black')
-            panel.set_xlabel('depth' if table['vary'] == 'depth' else 'width', fontsize=8)
-        panels[0].set_ylabel(table['rules'], fontsize=8)
+            panel.set_xlabel('depth' if table['vary'] == 'depth' else 'width', fontsize=9)
+        panels[0].set_ylabel(table['rules'].replace(', ', '\n') + '\nsize, change', fontsize=9)
     figure.suptitle('log-log slope of the size at init, and the steepest of the change; ✗: fails',
-                    fontsize=8)
+                    fontsize=9)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=6,
-                  fontsize=8)
+                  fontsize=9)
     save(figure, png, default)
 
 

@@ -73,7 +73,8 @@ def test_transfer_curves(tmp_path, figures, capsys):
     assert capsys.readouterr().out == f'{tmp_path}/transfer/transfer.png\n'
     top, _, bottom, _ = figures[0].axes
     assert top.get_title() == 'textbook: $2^{-7}$ at width 128 costs 0.200'
-    assert top.get_legend_handles_labels()[1] == ['width 64', 'width 128']
+    assert top.get_legend_handles_labels()[1] == ['width 64', 'width 128', 'best of all seeds',
+                                                  'best at width 64']
     line, star = top.lines[0], next(x for x in top.lines if x.get_marker() == '*')
     assert list(line.get_xdata()) == [-8, -7, -6] and list(line.get_ydata()) == [3.2, 3.0, 4.0]
     others = [*top.lines[1].get_ydata(), *top.lines[2].get_ydata()]     # those of the second seed
@@ -102,7 +103,7 @@ def test_coordinate_check_panels(tmp_path, figures, capsys):
     assert len(figures[0].axes) == 3                             # a row each, and no norm gain
     panel = figures[0].axes[0]
     assert panel.get_title() == 'logits\n+0.00, -2.00 ✗'
-    assert panel.get_ylabel() == 'lr_hidden broken'
+    assert panel.get_ylabel() == 'lr_hidden broken\nsize, change'
     assert [list(line.get_ydata()) for line in panel.lines] == [[2, 2], [1, 4], [2, 8]]
 
 
