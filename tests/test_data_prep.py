@@ -298,7 +298,8 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, overwrite):
 
 @pytest.mark.parametrize('sign', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_run_leaves_no_data_set(tmp_path, sign):
-    code = ('import os, sys, data_prep as d; write = d.encode_all\n'
+    code = ('import os, signal, sys, data_prep as d; write = d.encode_all\n'
+            'signal.signal(signal.SIGINT, signal.default_int_handler)\n'    # not in background
             'def encode_all(*args):\n'
             '    for i, document in enumerate(write(*args)):\n'
             f'        if i == 100: os.kill(os.getpid(), {int(sign)})\n'

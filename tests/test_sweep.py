@@ -70,7 +70,7 @@ def test_a_killed_sweep_goes_on_and_ends_in_the_same_table(tmp_path, config):
     assert lines(broken)[:len(stood)] == stood and len(lines(broken)) == 8
     assert told(broken) == told(whole)
     tables = [done.stdout.rpartition('\n\n')[0] for done in (unbroken, resumed)]
-    assert tables[0] == tables[1] and 'sp: loss by log2 of lr' in tables[0]
+    assert tables[0] == tables[1] and 'sp: loss of seed 1337 by log2 of lr' in tables[0]
 
 
 def test_failures_and_nans_are_recorded_and_only_failures_tried_again(tmp_path, config):
