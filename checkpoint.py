@@ -22,7 +22,7 @@ from model import Xmodel, XmodelConfig
 
 # what a file of bare weights, {'config': ..., 'model': ...}, is taken to hold besides
 BARE = {'knobs': {}, 'step': 0, 'tokens': 0, 'recent': [], 'watch': (-50, 0.0),
-        'optimizer': None, 'optimizer_states': []}
+        'optimizer': None, 'optimizer_states': [], 'fp8': None}
 
 
 def replace_file(path, write):

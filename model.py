@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -215,6 +216,7 @@ class Xmodel(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)         # also the output matrix
         self.blocks = nn.ModuleList(Block(config, self.table) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.activation_checkpointing = False              # True: blocks keep their input alone
         self.set_compiled(False)
         for name, p in self.named_parameters():
             std = self.table[role_of(name)].init_std
@@ -238,7 +240,10 @@ class Xmodel(nn.Module):
         """The residual stream after the last block, normed: (B, T, C)."""
         x = self.embed(idx) * self.table['embedding'].multiplier                # (B, T, C)
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, cache and cache[i], mask)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, cache and cache[i], mask)
         return self.norm(x)
 
     def logits(self, x):

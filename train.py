@@ -38,6 +38,7 @@ from checkpoint import (
 )
 from configurator import check_range, configure, fail, knob_values
 from data_prep import get_batch, get_windows, open_data, prepare_missing, windows_before
+from fp8 import E4M3, E5M2, convert_to_float8
 from model import Xmodel, XmodelConfig
 from muon import make_optimizers, step_all
 
@@ -50,6 +51,13 @@ seed = 1337                   # fixes init and the order of the data
 device = 'auto'               # 'auto' takes cuda, mps or cpu, whichever is there
 dtype = 'auto'                # 'auto' | 'bfloat16' | 'float32': of matmuls; weights are always fp32
 compile = 'auto'              # 'auto' | True | False: torch.compile the blocks and the loss
+activation_checkpointing = False        # compute blocks again in the backward pass: less memory
+# --- FP8 matmuls in the blocks (see fp8.py) ---
+fp8 = False                   # False | True | 'dynamic': dynamic scales a tensor by its own amax
+fp8_amax_history_len = 128    # steps whose largest amax decides a scale
+fp8_margin = 0                # powers of two left free above that amax
+fp8_format = 'hybrid'         # 'hybrid' | 'e4m3': hybrid has E5M2 for gradients
+fp8_monitor = False           # log what saturates or becomes 0, every log_interval steps
 # --- data ---
 data_dir = 'data'             # holds one folder a data set, as data_prep.py writes them
 sources = {}                  # data set -> arguments of data_prep.py that make it if it is missing
@@ -96,7 +104,8 @@ reference_margin = 0.2        # nats above it from which validations say so
 # knobs that --resume lets change, since they do not decide what is learned; all others it refuses
 FREE = {'out_dir', 'resume', 'init_from', 'init_step', 'device', 'dtype', 'compile', 'data_dir',
         'sources', 'micro_batch_tokens', 'log_interval', 'eval_interval', 'eval_rows',
-        'checkpoint_interval', 'keep', 'reference', 'reference_margin'}
+        'checkpoint_interval', 'keep', 'reference', 'reference_margin', 'fp8_monitor',
+        'activation_checkpointing'}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -211,9 +220,10 @@ def model_config(knobs):
 def main():
     knobs = copy.deepcopy(knob_values(globals()))
     check_range(globals(), 1, 2**63, 'log_interval', 'eval_interval', 'eval_rows',
-                'checkpoint_interval', 'micro_batch_tokens')
+                'checkpoint_interval', 'micro_batch_tokens', 'fp8_amax_history_len')
     check_range(globals(), 0, 2**63, 'seed', 'steps_scale', 'learning_rate', 'embedding_lr',
                 'weight_decay', 'grad_clip', 'keep', 'reference_margin')
+    check_range(globals(), -16, 17, 'fp8_margin')
     check_range(globals(), 0, 1, 'beta1', 'beta2', 'momentum')
     check_phases(phases, steps_scale)
     total = sum(phase['steps'] for phase in phases)
@@ -283,6 +293,19 @@ def main():
         if step >= total:
             fail(f'{start["path"]} is at step {step} of {total}: nothing is left to do'
                  + (' (--init_step=0 starts anew with its weights)' if not resuming else ''))
+    model.activation_checkpointing = activation_checkpointing
+    scaling = None
+    if fp8:
+        if odd := [phase['name'] for phase in phases if phase['block_size'] % 16]:
+            fail(f'fp8: block_size of phase {odd[0]!r} should be a multiple of 16')
+        try:
+            scaling = convert_to_float8(model, fp8 == 'dynamic', fp8_amax_history_len, fp8_margin,
+                                        E4M3 if fp8_format == 'e4m3' else E5M2, fp8_monitor)
+            if start and start['fp8'] and step == start['step'] and fp8_amax_history_len == \
+                    start['knobs']['fp8_amax_history_len']:      # else a new history begins
+                scaling.load_state_dict(start['fp8'])
+        except ValueError as e:
+            fail(e)
     if rank == 0:
         begin_folder(run, step if resuming else 0, {
             'knobs': knobs, 'first_step': step, 'argv': sys.argv, 'device': str(where),
@@ -315,7 +338,7 @@ def main():
     net = DistributedDataParallel(model) if world > 1 else model
     bar = tqdm(total=total, initial=step, unit='step', disable=True if rank else None)
     ends = list(itertools.accumulate(phase['steps'] for phase in phases))
-    phase, speed = None, []                                      # speed: FLOP/s of steps
+    phase, skipped, speed = None, 0, []                          # speed: FLOP/s of steps
     while step < total:
         if phase is not phase_at(step)[0]:                       # a phase begins, or this run does
             phase, first = phase_at(step)
@@ -347,6 +370,8 @@ def main():
         if compiling and new_shape:
             say(model.try_compiled(*(t.to(where) for t in micro[0]), autocast))
             new_shape = False
+            if scaling:
+                torch._foreach_zero_(scaling.amaxes)             # those of that trial
 
         # --- forward and backward: each micro-batch weighs as many targets as it has ---
         began = time.time()
@@ -356,15 +381,26 @@ def main():
             with nullcontext() if last else net.no_sync():
                 with autocast:
                     part = net(x.to(where), y.to(where))[1] * (int((y >= 0).sum()) / targets)
-                (part * world).backward()                        # DDP takes the mean over ranks
+                part.backward()
             loss += part.detach()
         if world > 1:
             dist.all_reduce(loss)
+            torch._foreach_mul_([p.grad for p in model.parameters()], world)   # DDP's are means
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
 
         lrs = dict(zip(('learning_rate', 'embedding_lr'), lr_at(step)))
-        step_all(optimizers, lrs)
-        loss, seconds = loss.item(), time.time() - began
+        loss, grad_norm = loss.item(), grad_norm.item()
+        if math.isfinite(loss + grad_norm):
+            step_all(optimizers, lrs)
+            skipped = 0
+        else:
+            skipped += 1                                         # in a row
+            say(f'step {step} is skipped: it has loss {loss}, gradient norm {grad_norm}'
+                + (f'; {scaling.trace()}' if scaling else ''))
+            model.zero_grad()
+        if scaling:
+            scaling.update()
+        seconds = time.time() - began
 
         # --- log ---
         step_tokens = phase['batch'] * T
@@ -376,10 +412,12 @@ def main():
             say(f'about {left / statistics.median(speed) / 60:,.0f} minutes to go')
         entry = {'step': step, 'phase': phase['name'], 'tokens': tokens, 'loss': loss,
                  'lr': lrs['learning_rate'], 'embedding_lr': lrs['embedding_lr'],
-                 'grad_norm': grad_norm.item(), 'tok_per_s': round(step_tokens / seconds, 1)}
+                 'grad_norm': grad_norm, 'tok_per_s': round(step_tokens / seconds, 1)}
         if note:
             entry['note'], note = note, None
-        recent = recent[-49:] + [loss]
+        if scaling and fp8_monitor and step % log_interval == 0:
+            entry['fp8'] = scaling.report()
+        recent = recent[-49:] + [loss] * (not skipped)
         if 9 <= step - watch[0] < 50 and (mean := statistics.fmean(recent[-10:])) > watch[1]:
             say(f'step {step}: loss {mean:.3f} after the change of optimizer is above '
                 f'{watch[1]:.3f}, 4 deviations over the 50 steps before: look at lr, weight decay')
@@ -406,15 +444,15 @@ def main():
         bar.update()
         if bar.disable and (step % log_interval == 0 or phase_ends):
             say(f'step {step}/{total} {news}')
-        if not math.isfinite(loss + entry['grad_norm']):
-            sys.exit(f'train.py: step {step - 1} has loss {loss}, gradient norm '
-                     f'{entry["grad_norm"]}; try a lower learning_rate')
+        if skipped == 5:
+            sys.exit(f'train.py: step {step - 1} has loss {loss}, gradient norm {grad_norm}, the '
+                     'fifth in a row that is not finite; try a lower learning_rate')
 
         # --- checkpoint ---
         if rank == 0 and (step % checkpoint_interval == 0 or phase_ends):
             state = {'model': model.state_dict(), 'config': asdict(config), 'step': step,
                      'tokens': tokens, 'recent': recent, 'watch': watch,
-                     'knobs': knobs, 'optimizer': kind,
+                     'knobs': knobs, 'optimizer': kind, 'fp8': scaling and scaling.state_dict(),
                      'optimizer_states': [o.state_dict() for o in optimizers]}
             replace_file(run / f'step_{step}.pt', lambda f: torch.save(state, f))  # noqa: B023
             prune(run, keep, ends)

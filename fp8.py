@@ -1,0 +1,250 @@
+"""FP8 matmuls as in Xmodel-2.5: E4M3 forward, E5M2 backward, delayed scaling, in torch._scaled_mm.
+
+An H100 multiplies 8-bit floats twice as fast as bf16, and they take half the memory. Two formats:
+
+    E4M3  4 bits of exponent, 3 of mantissa: up to 448, down to 2^-9, neighbours 1/8 to 1/16 apart
+    E5M2  5 bits of exponent, 2 of mantissa: up to 57 344, down to 2^-16, neighbours 1/4 to 1/8
+
+Weights and activations need the finer steps, gradients, which spread over more powers of two, the
+wider range. A value beyond the largest saturates, one below half of the smallest becomes 0. bf16
+has the range of fp32 and needs no care; here every tensor is multiplied by a scale that brings its
+largest magnitude, amax, to the format's largest value before it is rounded. The GEMM's sums are
+fp32 and leave it multiplied by both reciprocals, which are constant in the sum: so one scale a
+tensor costs nothing. In the sum the errors of rounding average out.
+
+Delayed scaling. A tensor's own amax is known only when all of it has been computed: to wait for it
+costs a pass over memory, while with a scale at hand the rounding fuses with what computes the
+tensor. So the scale is taken from the amaxes of earlier steps,
+
+    scale = largest value of the format / max(amaxes of the last 128 steps) / 2^margin,
+
+as by NVIDIA's Transformer Engine, with which Xmodel-2.5 was trained (arXiv 2511.19496); each layer
+has one for its input, weight and output's gradient. What outgrows history and margin saturates.
+
+FP8 is for the blocks' linears alone. Embedding and logits, norms, attention, residual stream, and
+all weights stay in bf16 or fp32: few FLOPs, or errors that would not average out.
+
+    python fp8.py         # relative errors of a linear's output and gradients on Gaussian data
+"""
+import torch
+import torch.distributed as dist
+from torch import nn
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+ROLES = 'input', 'weight', 'gradient'
+
+
+def quantise(x, scale, dtype):
+    """x · scale, rounded to the nearest FP8 value; beyond the largest it saturates, NaN stays."""
+    top = torch.finfo(dtype).max
+    return (x.float() * scale).clamp(-top, top).to(dtype)
+
+
+def scale_for(amax, top, old):
+    """The scale that brings amax to `top`; the old one where amax is 0, inf or NaN."""
+    return torch.where((amax > 0) & (top / amax).isfinite() & amax.isfinite(), top / amax, old)
+
+
+def gemm(a, b, scale_a, scale_b, dtype, fast=False):
+    """(M, K) · (K, N) of FP8 operands quantised with these scales -> (M, N) in dtype.
+
+    a is row-major, b column-major, all sizes multiples of 16: as the tensor cores read them. fast
+    adds up with fewer bits, which the forward pass can bear.
+    """
+    if a.is_cuda:
+        return torch._scaled_mm(a, b, scale_a=1 / scale_a, scale_b=1 / scale_b, out_dtype=dtype,
+                                use_fast_accum=fast)
+    return gemm_without_fp8_units(a, b, 1 / (scale_a * scale_b), dtype)
+
+
+def transposed(x):
+    """xᵀ in memory, row-major: at one byte a value, cheaper than to round from bf16 again."""
+    return x.mT.clone(memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op('nano_xmodel::gemm_without_fp8_units', mutates_args=())
+def gemm_without_fp8_units(a: torch.Tensor, b: torch.Tensor, factor: torch.Tensor,
+                           dtype: torch.dtype) -> torch.Tensor:
+    """The same by a matmul in dtype: every FP8 value is exact in bf16, and products are in fp32.
+
+    Where torch._scaled_mm has no FP8 units it is several times slower. An opaque operator, as the
+    factor has to be a Python number for the sums to be rounded once, after they are multiplied.
+    """
+    def decode(x):                         # there are 256 FP8 values; a cast takes 6 x as long
+        values = torch.arange(256, dtype=torch.uint8, device=x.device).view(x.dtype).to(dtype)
+        return values.index_select(0, x.view(torch.uint8).int().flatten()).view(x.shape)
+
+    a, b = decode(a.contiguous()), decode(b.mT.contiguous()).mT
+    return torch.addmm(a.new_zeros(1), a, b, beta=0, alpha=factor.item())
+
+
+@gemm_without_fp8_units.register_fake
+def _(a, b, factor, dtype):
+    return a.new_empty(a.size(0), b.size(1), dtype=dtype)
+
+
+def observe(x, dtype, margin, amax, scale, lost, own_amax, watched):
+    """The scale by which to quantise x; notes x's amax and, if watched, how much of x is lost.
+
+    amax, scale (scalars), lost (2,) belong to x's role in its layer. amax becomes the maximum over
+    the step's micro-batches, NaN above all; lost the shares that saturate and that become 0.
+    """
+    info, size = torch.finfo(dtype), x.detach().abs().float()
+    now = size.amax()
+    if own_amax:
+        scale = scale_for(now, info.max / 2**margin, scale)
+    amax.copy_(torch.maximum(amax, now))
+    if watched:
+        zero = size * scale <= info.smallest_normal * info.eps / 2       # half the least subnormal
+        lost.copy_(torch.stack([size * scale > info.max, zero & (size > 0)]).float().mean((1, 2)))
+    return scale
+
+
+class Float8Matmul(torch.autograd.Function):
+    """x (N, in), weight (out, in) -> x · weightᵀ (N, out), its three GEMMs in FP8.
+
+    scales: of x and weight; the rest is for the gradient of the output, see `observe`.
+    """
+    @staticmethod
+    def forward(ctx, x, weight, scales, amax, scale, lost, how, dtype):
+        x8, w8 = quantise(x, scales[0], E4M3), quantise(weight, scales[1], E4M3)
+        ctx.save_for_backward(x8, weight, scales, amax, scale, lost)         # a byte a value of x
+        ctx.how, ctx.x_dtype, ctx.dtype = how, x.dtype, dtype
+        return gemm(x8, w8.mT, *scales, dtype, fast=True)
+
+    @staticmethod
+    def backward(ctx, grad):                                                 # (N, out)
+        x8, weight, scales, amax, scale, lost = ctx.saved_tensors
+        fmt, margin, own_amax, watched = ctx.how
+        scale = observe(grad, fmt, margin, amax, scale, lost, own_amax, watched)
+        g8, w8 = quantise(grad, scale, fmt), quantise(weight, scales[1], E4M3)
+        grad_x = gemm(g8, transposed(w8).mT, scale, scales[1], ctx.dtype)                # (N, in)
+        grad_w = gemm(transposed(g8), transposed(x8).mT, scale, scales[0], ctx.dtype)    # (out, in)
+        return (grad_x.to(ctx.x_dtype), grad_w.to(weight.dtype), *[None] * 6)
+
+
+class Float8Linear(nn.Linear):
+    """A linear without bias whose GEMMs are in FP8; convert_to_float8 makes nn.Linears into these.
+
+    amax, scale (3,), lost (3, 2): of each of ROLES, see `observe`. own_amax: scale by the tensor's
+    own amax, as there is no history; a Python flag, so that torch.compile makes a graph for either
+    case, and the usual one pays nothing for the other.
+    """
+    def forward(self, x):
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        rows, state = x.reshape(-1, x.size(-1)), (self.amax, self.scale, self.lost)      # (N, in)
+        if not torch.is_grad_enabled():              # evaluation and generation leave no trace;
+            state = tuple(t.clone() for t in state)  # a checkpointed block, computed again from the
+        with torch.no_grad():                        # same input, none that was not there before
+            scales = torch.stack([observe(t, E4M3, self.margin, *(s[role] for s in state),
+                                          self.own_amax, self.watched)
+                                  for role, t in enumerate((rows, self.weight))])
+        how = self.grad_format, self.margin, self.own_amax, self.watched
+        y = Float8Matmul.apply(rows, self.weight, scales, *(s[2] for s in state), how, dtype)
+        return y.view(*x.shape[:-1], -1)                                     # (..., out)
+
+
+class DelayedScaling:
+    """The amaxes of a model's Float8Linears, {name: layer}, and the scales that follow from them.
+
+    dynamic: every tensor has the scale of its own amax, at every step.
+    """
+    def __init__(self, layers, dynamic, history_len):
+        self.layers, self.dynamic, self.own_amax, self.step = layers, dynamic, True, 0
+        self.amaxes, self.scales = ([getattr(layer, key) for layer in layers.values()]
+                                    for key in ('amax', 'scale'))
+        device = self.scales[0].device
+        self.history = torch.zeros(len(layers), 3, history_len, device=device)
+        self.tops = torch.tensor([[torch.finfo(fmt).max / 2**layer.margin
+                                   for fmt in (E4M3, E4M3, layer.grad_format)]
+                                  for layer in layers.values()], device=device)          # (n, 3)
+
+    @torch.no_grad()
+    def update(self):
+        """After each optimizer step: its amaxes enter the history, the next step has new scales.
+
+        A few operations on (layers, roles, steps) and one collective, however many layers. What is
+        not finite counts for nothing, so that the last good scale stays in force.
+        """
+        amax, old = torch.stack(self.amaxes), torch.stack(self.scales)                   # (n, 3)
+        if dist.is_initialized():
+            amax = amax.nan_to_num(nan=torch.inf)                    # a maximum may drop NaN
+            dist.all_reduce(amax, dist.ReduceOp.MAX)
+        self.history[..., self.step % self.history.size(-1)] = amax.nan_to_num(0, 0)
+        new = scale_for(self.history.amax(-1), self.tops, old)
+        torch._foreach_copy_(self.scales, new.unbind())
+        self.jump = (new / old).log2().abs().amax(0)                                     # (3,)
+        self.step += 1
+        torch._foreach_zero_(self.amaxes)
+        self.use_history()
+
+    def use_history(self):
+        """Once every tensor has an amax in the history, own amaxes are needed no more."""
+        if self.own_amax and not self.dynamic and bool((self.history.amax(-1) > 0).all()):
+            self.own_amax = False
+            for layer in self.layers.values():
+                layer.own_amax = False
+
+    def state_dict(self):
+        return {'history': self.history, 'scale': torch.stack(self.scales), 'step': self.step}
+
+    def load_state_dict(self, state):
+        self.history.copy_(state['history'])
+        torch._foreach_copy_(self.scales, state['scale'].to(self.history.device).unbind())
+        self.step = state['step']
+        self.use_history()
+
+    def report(self):
+        """{role: (mean, largest) share of a layer's values, largest step of a scale's log2}."""
+        lost = torch.stack([layer.lost for layer in self.layers.values()])               # (n, 3, 2)
+        rows = zip(ROLES, lost.mean(0).tolist(), lost.amax(0).tolist(), self.jump.tolist())
+        return {role: {'saturated': (mean[0], most[0]), 'underflowed': (mean[1], most[1]),
+                       'jump': jump} for role, mean, most, jump in rows}
+
+    def trace(self):
+        """Before update(): the first tensor of the step that was not finite, in words, or ''."""
+        amax, names = torch.stack(self.amaxes).tolist(), list(self.layers)
+        order = [(n, role) for n in range(len(amax)) for role in (1, 0)]     # forward, then back
+        order += [(n, 2) for n in reversed(range(len(amax)))]
+        for n, role in order:
+            if not abs(amax[n][role]) < torch.inf:
+                last = self.history[n, role].roll(-self.step)[-4:].tolist()
+                return (f'{names[n]}: its {ROLES[role]} has amax {amax[n][role]}; before '
+                        f'{", ".join(f"{x:.3g}" for x in last)}; scale {self.scales[n][role]:.3g}')
+        return ''
+
+
+def convert_to_float8(model, dynamic=False, history_len=128, margin=0, grad_format=E5M2,
+                      watched=False):
+    """Make the linears of model.blocks Float8Linears, in place -> their DelayedScaling.
+
+    For a model on its device; weights and names stay. ValueError for sizes or a GPU without FP8.
+    """
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+        raise ValueError(f'fp8: {torch.cuda.get_device_name()} has no FP8 units, which begin with '
+                         'compute capability 8.9: --fp8=False')
+    layers = {f'blocks.{name}': module for name, module in model.blocks.named_modules()
+              if isinstance(module, nn.Linear)}
+    for name, layer in layers.items():
+        if any(size % 16 for size in layer.weight.shape):
+            raise ValueError(f'fp8: {name} is {tuple(layer.weight.shape)}; FP8 GEMMs need '
+                             'multiples of 16: change n_embd, n_ffn or n_kv_head')
+        layer.__class__ = Float8Linear
+        layer.own_amax, layer.watched = True, watched
+        layer.margin, layer.grad_format = margin, grad_format
+        zeros = torch.zeros(3, device=layer.weight.device)
+        layer.amax, layer.scale, layer.lost = zeros, zeros + 1, torch.stack([zeros, zeros], dim=1)
+    return DelayedScaling(layers, dynamic, history_len)
+
+
+if __name__ == '__main__':
+    model = nn.ModuleDict({'blocks': nn.ModuleList([nn.Linear(1024, 1024, bias=False)])})
+    x, grad = torch.randn(4096, 1024, requires_grad=True), torch.randn(4096, 1024)
+    found = []
+    for _ in range(2):
+        y = model.blocks[0](x)
+        found.append((y, *torch.autograd.grad(y, (x, model.blocks[0].weight), grad)))
+        convert_to_float8(model)
+    for what, a, b in zip(('output', 'gradient of input', 'gradient of weight'), *found):
+        print(f'{what}: relative error {(a - b).norm() / a.norm():.2%}')

@@ -1,0 +1,389 @@
+"""fp8.py: rounding and GEMMs against float64, delayed scaling's rules, layouts, compile, ranks."""
+import math
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, refused, run
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fp8
+from checkpoint import checkpoints, read_checkpoint
+from fp8 import E4M3, E5M2, convert_to_float8
+from model import Xmodel, XmodelConfig
+
+SMALL = XmodelConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=64, n_ffn=160, vocab_size=96,
+                     block_size=32)
+
+
+def values(bits_exponent, bits_mantissa, largest):
+    """All finite values of a format, in float64, from its definition: 0 and up."""
+    bias, steps = 2**(bits_exponent - 1) - 1, 2**bits_mantissa
+    subnormal = [k / steps * 2.0**(1 - bias) for k in range(steps)]
+    normal = [(1 + k / steps) * 2.0**(e - bias) for e in range(1, 2**bits_exponent)
+              for k in range(steps)]
+    return np.array([v for v in subnormal + normal if v <= largest])
+
+
+TABLES = {E4M3: values(4, 3, 448), E5M2: values(5, 2, 57344)}
+
+
+def rounded(x, scale, dtype):
+    """x · scale to the nearest value of the format, in float64; ties to the even neighbour."""
+    table = TABLES[dtype]
+    x = (x.float() * scale).double().numpy()             # the product is fp32's, as a GPU has it
+    size = np.minimum(np.abs(x), table[-1])
+    above = np.searchsorted(table, size).clip(1, len(table) - 1)
+    low, high = table[above - 1], table[above]
+    up = (size - low > high - size) | ((size - low == high - size) & (above % 2 == 0))
+    return torch.from_numpy(np.copysign(np.where(up, high, low), x))
+
+
+def linear(n_in=64, n_out=96, seed=0, **knobs):
+    """(Float8Linear, its DelayedScaling)."""
+    torch.manual_seed(seed)
+    holder = nn.Module()
+    holder.blocks = nn.ModuleList([nn.Linear(n_in, n_out, bias=False)])
+    return holder.blocks[0], convert_to_float8(holder, **knobs)
+
+
+def gaussian(*shape, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def step(layer, x, grad):
+    """(output, gradient of x, gradient of the weight) of a forward and backward pass."""
+    x = x.clone().requires_grad_()
+    layer.weight.grad = None
+    y = layer(x)
+    y.backward(grad)
+    return y.detach(), x.grad, layer.weight.grad
+
+
+# --- rounding and GEMMs ---
+
+@pytest.mark.parametrize('dtype', [E4M3, E5M2])
+def test_quantise_rounds_to_the_nearest_and_saturates(dtype):
+    x = torch.cat([gaussian(5000) * 2.0**k for k in range(-24, 24, 4)])
+    table = torch.from_numpy(TABLES[dtype])
+    ties = (table[1:] + table[:-1]) / 2
+    x = torch.cat([x, ties.float(), -ties.float(), table.float(), torch.tensor([1e30, -1e30])])
+    for scale in (torch.tensor(1.0), torch.tensor(3.7)):
+        assert torch.equal(fp8.quantise(x, scale, dtype).double(), rounded(x, scale, dtype))
+    inf = fp8.quantise(torch.tensor([math.inf, -math.inf, math.nan]), torch.tensor(1.0), dtype)
+    assert inf[:2].float().tolist() == [table[-1], -table[-1]] and inf[2].float().isnan()
+
+
+@pytest.mark.parametrize('grad_format', [E5M2, E4M3])
+def test_the_three_gemms_equal_float64(grad_format):
+    layer, _ = linear(grad_format=grad_format)
+    x, grad, w = gaussian(48, 64), gaussian(48, 96, seed=2) * 1e-4, layer.weight.detach()
+    scales = [torch.finfo(dtype).max / t.abs().max() for t, dtype in
+              ((x, E4M3), (w, E4M3), (grad, grad_format))]
+    x8, w8, g8 = (rounded(t, s, dtype) / s.double() for t, s, dtype in
+                  zip((x, w, grad), scales, (E4M3, E4M3, grad_format)))
+    for found, right in zip(step(layer, x, grad), (x8 @ w8.T, g8 @ w8, g8.T @ x8)):
+        assert (found - right).abs().max() < 1e-6 * right.abs().max()
+    assert layer.amax.tolist() == [t.abs().max() for t in (x, w, grad)]
+
+
+def test_errors_on_gaussian_data_and_with_outliers():
+    layer, _ = linear(1024, 512)
+    x, grad = gaussian(1024, 1024), gaussian(1024, 512, seed=2)
+    right = x @ layer.weight.T, grad @ layer.weight, grad.T @ x
+    def errors():
+        return [((a - b).norm() / b.norm()).item() for a, b in zip(step(layer, x, grad), right)]
+    output, *gradients = errors()
+    assert 0.02 < output < 0.04 and all(0.02 < e < 0.08 for e in gradients)
+
+
+@pytest.mark.parametrize('a_format, b_format', [(E4M3, E4M3), (E5M2, E4M3)])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
+def test_without_fp8_units_the_gemm_is_that_of_scaled_mm(a_format, b_format, dtype):
+    sa, sb = torch.tensor(37.3), torch.tensor(4.1)
+    a = fp8.quantise(gaussian(512, 320), sa, a_format)
+    b = fp8.quantise(gaussian(640, 320), sb, b_format)
+    ours = fp8.gemm(a, b.mT, sa, sb, dtype).float()
+    theirs = torch._scaled_mm(a, b.mT, scale_a=1 / sa, scale_b=1 / sb, out_dtype=dtype).float()
+    differ = ours != theirs
+    if dtype == torch.bfloat16:
+        assert differ.float().mean() < 1e-3
+        one_step = 2.0**-7 * theirs.abs() + 1e-6 * theirs.abs().max()
+        assert ((ours - theirs).abs() <= one_step).all()
+    else:
+        assert (ours - theirs).abs().max() < 1e-6 * theirs.abs().max()
+
+
+# --- scales ---
+
+def test_a_steps_amax_changes_the_scales_from_the_next_step_on():
+    layer, scaling = linear()
+    x, grad = gaussian(32, 64), gaussian(32, 96, seed=2)
+    step(layer, x, grad)
+    scaling.update()
+    first = layer.scale.clone()
+    assert first.tolist() == pytest.approx(
+        [top / t.abs().max().item() for top, t in ((448, x), (448, layer.weight), (57344, grad))])
+    step(layer, 3 * x, grad / 2)                                 # two micro-batches
+    step(layer, 2 * x, 5 * grad)
+    assert torch.equal(layer.scale, first)
+    scaling.update()
+    assert layer.scale.tolist() == pytest.approx((first / torch.tensor([3, 1, 5])).tolist())
+
+
+@pytest.mark.parametrize('length', [1, 7, 128])
+def test_an_outlier_is_forgotten_when_the_history_is_over(length):
+    layer, scaling = linear(history_len=length)
+    x, grad = gaussian(32, 64), gaussian(32, 96, seed=2)
+    seen = []
+    for i in range(length + 3):
+        step(layer, 100 * x if i == 1 else x, grad)
+        scaling.update()
+        seen.append(round((448 / x.abs().max() / layer.scale[0]).item(), 3))
+    assert seen == [1] + [100] * length + [1] * 2
+
+
+@pytest.mark.parametrize('margin', [-2, 0, 3])
+def test_the_margin_leaves_powers_of_two(margin):
+    layer, scaling = linear(margin=margin)
+    x = gaussian(32, 64)
+    step(layer, x, gaussian(32, 96))
+    scaling.update()
+    assert layer.scale[0] == pytest.approx((448 / x.abs().max() / 2**margin).item())
+
+
+@pytest.mark.parametrize('length', [1, 4])
+@pytest.mark.parametrize('bad', [0, math.inf, math.nan])
+def test_the_last_good_scale_stays(bad, length):
+    layer, scaling = linear(history_len=length)
+    x, grad = gaussian(32, 64), gaussian(32, 96, seed=2)
+    step(layer, x, grad)
+    scaling.update()
+    good = layer.scale.clone()
+    odd_x, odd_grad = x.clone(), grad.clone()
+    if bad == 0:
+        odd_x, odd_grad = x * 0, grad * 0
+    odd_x[3, 3], odd_grad[3, 3] = bad, bad
+    step(layer, odd_x, odd_grad)
+    scaling.update()
+    assert torch.equal(layer.scale, good)
+    step(layer, 2 * x, 2 * grad)                                 # and does not stay for ever
+    scaling.update()
+    assert layer.scale.tolist() == pytest.approx((good / torch.tensor([2, 1, 2])).tolist())
+
+
+def traces(scaling):
+    return [t.clone() for t in (scaling.history, *scaling.amaxes, *scaling.scales)]
+
+
+def test_evaluation_leaves_no_trace():
+    layer, scaling = linear()
+    x, grad = gaussian(32, 64), gaussian(32, 96, seed=2)
+    for _ in range(2):                                           # without history, and with it
+        before = traces(scaling)
+        with torch.no_grad():
+            layer(1000 * x)
+        assert all(map(torch.equal, traces(scaling), before))
+        step(layer, x, grad)
+        assert not all(map(torch.equal, traces(scaling), before))
+        scaling.update()
+
+
+def small_model(**knobs):
+    torch.manual_seed(0)
+    model = Xmodel(SMALL)
+    idx = torch.randint(96, (2, 33), generator=torch.Generator().manual_seed(1))
+    return model, convert_to_float8(model, **knobs), idx[:, :-1], idx[:, 1:]
+
+
+def test_checkpointed_blocks_give_the_same_gradients_and_amaxes():
+    found = []
+    for on in (False, True):
+        model, scaling, x, y = small_model()
+        model.activation_checkpointing = on
+        for _ in range(3):
+            model.zero_grad()
+            model(x, y)[1].backward()
+            scaling.update()
+        model(x, y)[1].backward()
+        found.append(traces(scaling) + [p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *found))
+
+
+def test_the_input_is_saved_in_fp8():
+    layer, _ = linear(64, 96)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(gaussian(2, 24, 64).requires_grad_())
+    assert [t.dtype for t in saved if t.numel() == 48 * 64] == [E4M3]
+
+
+def test_the_first_step_goes_by_its_own_amax_and_later_ones_do_not():
+    layer, scaling = linear()
+    x, grad = gaussian(32, 64) * 1000, gaussian(32, 96, seed=2)
+    y, _, _ = step(layer, x, grad)
+    assert (y - x @ layer.weight.T).norm() < 0.04 * y.norm() and layer.own_amax
+    scaling.update()
+    assert not layer.own_amax
+    y, _, _ = step(layer, 100 * x, grad)                         # saturates
+    assert (y - 100 * x @ layer.weight.T).norm() > 0.5 * (100 * x @ layer.weight.T).norm()
+    assert y.isfinite().all()
+    layer, scaling = linear(dynamic=True)
+    for factor in (1, 100):
+        y, _, _ = step(layer, factor * x, grad)
+        assert (y - factor * x @ layer.weight.T).norm() < 0.04 * y.norm()
+        scaling.update()
+
+
+def test_monitors_count_what_is_lost():
+    layer, scaling = linear(watched=True)
+    x, grad = gaussian(32, 64), gaussian(32, 96, seed=2)
+    step(layer, x, grad)
+    scaling.update()
+    odd_x, odd_grad = x * 0, grad * 0
+    odd_x[:8], odd_grad[:3] = 2 * x.abs().max(), 1e-12
+    step(layer, odd_x, odd_grad)
+    report = scaling.report()
+    assert report['input']['saturated'] == (0.25, 0.25)
+    assert report['gradient']['underflowed'] == pytest.approx((3 / 32, 3 / 32))
+    assert report['input']['underflowed'] == report['gradient']['saturated'] == (0, 0)
+    scaling.update()
+    jumps = [row['jump'] for row in scaling.report().values()]
+    assert jumps == pytest.approx([1, 0, 0])                     # x has doubled
+
+
+@pytest.mark.parametrize('role, name', [
+    ('input', 'blocks.1.attn.qkv'), ('weight', 'blocks.0.ffn.down'),
+    ('gradient', 'blocks.1.ffn.down')])
+def test_a_nan_is_traced_to_where_it_began(role, name):
+    model, scaling, x, y = small_model()
+    model(x, y)[1].backward()
+    scaling.update()
+    assert scaling.trace() == ''
+    with torch.no_grad():
+        if role == 'weight':
+            model.blocks[0].ffn.down.weight[3, 3] = math.nan
+        elif role == 'input':
+            model.blocks[1].norm1.weight[5] = math.inf
+    if role == 'gradient':
+        model.norm.register_full_backward_pre_hook(lambda m, g: (g[0] * math.inf,))
+    model(x, y)[1].backward()
+    assert scaling.trace().startswith(f'{name}: its {role} has amax ')
+
+
+# --- compiled, fake GPU ---
+
+def test_a_compiled_block_equals_eager_and_has_no_graph_break():
+    found = []
+    for compiled in (False, True):
+        model, scaling, x, y = small_model()
+        if compiled:
+            for block in model.blocks:
+                block.compile(dynamic=False, fullgraph=True)
+        for _ in range(2):
+            model.zero_grad()
+            model(x, y)[1].backward()
+            amaxes = torch.stack(scaling.amaxes)
+            scaling.update()
+        found.append([amaxes, *(p.grad for p in model.parameters())])
+    for a, b in zip(*found):
+        assert (a - b).norm() < 0.02 * b.norm()                  # some values round the other way
+
+
+def on_a_gpu(a, b, dtype=torch.bfloat16, fast=False):
+    """fp8.gemm of operands with these shapes, strides and formats on a GPU that is not there."""
+    with FakeTensorMode():
+        a, b = (torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device='cuda')
+                for t in (a, b))
+        one = torch.ones((), device='cuda')
+        return fp8.gemm(a, b, one, one, dtype, fast)
+
+
+def test_all_gemms_of_a_step_have_layouts_that_a_gpu_takes(monkeypatch):
+    model, scaling, x, y = small_model()
+    shapes, here = [], fp8.gemm_without_fp8_units
+
+    def checked(a, b, factor, dtype):
+        shapes.append(on_a_gpu(a, b).shape)
+        return here(a, b, factor, dtype)
+    monkeypatch.setattr(fp8, 'gemm_without_fp8_units', checked)
+    for _ in range(2):
+        model(x, y)[1].backward()
+        scaling.update()
+    assert len(shapes) == 2 * 2 * 4 * 3 and set(shapes[:3]) == {(64, 128), (64, 64), (64, 320)}
+
+
+@pytest.mark.parametrize('case', ['row-major second', 'inner size', 'outer size'])
+def test_a_gpu_refuses_other_layouts(case):
+    a, b = torch.empty(64, 32, dtype=E4M3), torch.empty(48, 32, dtype=E4M3).mT
+    assert on_a_gpu(a, b).shape == (64, 48)
+    a, b = {'row-major second': (a, b.contiguous()), 'inner size': (a[:, :24], b[:24]),
+            'outer size': (a, b[:, :40])}[case]
+    with pytest.raises((RuntimeError, ValueError)):
+        on_a_gpu(a, b)
+
+
+# --- in training ---
+
+def fp8_run(tiny, folder, *flags, launcher=()):
+    done = subprocess.run([sys.executable, *launcher, str(ROOT / 'train.py'), *tiny, '--fp8=True',
+                           '--fp8_amax_history_len=4', '--compile=False', f'--out_dir={folder}',
+                           *flags], capture_output=True, text=True, check=False,
+                          env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_training_goes_on_bit_for_bit(tiny, tmp_path):
+    whole, broken = tmp_path / 'whole', tmp_path / 'broken'
+    fp8_run(tiny, whole)
+    fp8_run(tiny, broken)
+    for file in checkpoints(broken)[1:]:
+        file.unlink()
+    assert checkpoints(broken)[0].name == 'step_8.pt'            # the first phase's end
+    fp8_run(tiny, broken, '--resume')
+    a, b = (read_checkpoint(folder) for folder in (whole, broken))
+    assert a['fp8']['step'] == 20 and a['fp8']['history'].shape == (8, 3, 4)
+    for key in ('history', 'scale'):
+        assert torch.equal(a['fp8'][key], b['fp8'][key])
+    assert all(torch.equal(a['model'][name], b['model'][name]) for name in a['model'])
+
+
+def test_two_ranks_have_the_scales_and_weights_of_one(tiny, tmp_path):
+    one, two = tmp_path / 'one', tmp_path / 'two'                # of the same micro-batches
+    flags = ['--micro_batch_tokens=128', '--dtype=float32', '--phases.stable.steps=4',
+             '--phases.decay.steps=0', '--phases.long.steps=0']
+    fp8_run(tiny, one, *flags)
+    fp8_run(tiny, two, *flags, launcher=['-m', 'torch.distributed.run', '--standalone',
+                                         '--nproc_per_node=2'])
+    a, b = (read_checkpoint(folder) for folder in (one, two))
+    for key in ('history', 'scale'):
+        assert torch.allclose(a['fp8'][key], b['fp8'][key], rtol=0.02), key
+        assert (a['fp8'][key] == b['fp8'][key]).float().mean() > 0.5
+    for name, weight in a['model'].items():
+        assert (weight - b['model'][name]).abs().max() < 1e-3 * weight.abs().max(), name
+
+
+def test_steps_that_are_not_finite_are_skipped_and_traced(tiny, tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / 'train.py'), *tiny, '--fp8=True',
+                           f'--learning_rate={2.0**60}', f'--out_dir={tmp_path / "run"}'],
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.count('\n') == 1
+    assert 'the fifth in a row that is not finite' in done.stderr
+    assert re.search(r'step \d+ is skipped: it has loss .*; blocks.\d.\S+: its ', done.stdout)
+
+
+@pytest.mark.parametrize('flag, says', [
+    ('--n_ffn=72', 'blocks.0.ffn.down is (32, 72); FP8 GEMMs need multiples of 16'),
+    ('--phases.stable.block_size=40', "block_size of phase 'stable' should be a multiple of 16"),
+    ('--fp8_amax_history_len=0', 'fp8_amax_history_len=0'), ('--fp8_margin=99', 'fp8_margin=99'),
+    ('--fp8=dynamo', "should be one of False, True, 'dynamic'")])
+def test_what_fp8_cannot_do_gets_one_line(tiny, tmp_path, flag, says):
+    assert says in refused(run('train.py', *tiny, '--fp8=True', flag,
+                               f'--out_dir={tmp_path / "run"}'))
+    assert not list(tmp_path.iterdir())
