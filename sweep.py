@@ -195,7 +195,7 @@ def data_sets():
 def made_of():
     """Hash of what decides a trial's result beside its flags: config, code, torch and text."""
     here, knobs = Path(__file__).parent, base_knobs()
-    code = ('data_prep.py', 'model.py', 'muon.py', 'train.py')
+    code = ('data_prep.py', 'fp8.py', 'model.py', 'muon.py', 'train.py')
     parts = [repr(knobs), torch.__version__, *(here.joinpath(file).read_text() for file in code),
              *(Path(knobs['data_dir'], name, 'meta.json').read_text() for name in data_sets())]
     return hashlib.sha256('\0'.join(parts).encode()).hexdigest()[:12]
