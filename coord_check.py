@@ -260,10 +260,9 @@ def main():
     except ValueError as e:
         fail(e)
     Path(out).mkdir(parents=True, exist_ok=True)
-    failed = 0
+    failed, base = 0, [mup_rules] if mup_rules != 'textbook' or not break_ else []
+    rules = ', '.join(base + [f'{break_} broken'] * bool(break_))
     for scaling in scalings:
-        rules = ', '.join([mup_rules] * (mup_rules != 'textbook' or not break_)
-                          + [f'{break_} broken'] * bool(break_))
         muon = f', Muon lr {scaling}' * (optimizer == 'muon')
         table = check(data, kind, scaling) | {
             'kind': 'coord_check', 'vary': kind, 'seeds': seeds, 'rules': rules + muon,
@@ -272,8 +271,8 @@ def main():
             'torch': torch.__version__}
         print_table(table)
         failed += sum(row['holds'] is False for row in table['rows'].values())
-        names = [mup_rules] * (mup_rules != 'textbook' or not break_) + [break_] * bool(break_) \
-            + [kind] * (kind != 'heads') + ['muon', scaling] * (optimizer == 'muon')
+        names = base + [break_] * bool(break_) + [kind] * (kind != 'heads') \
+            + ['muon', scaling] * (optimizer == 'muon')
         file = Path(out, re.sub(r'[^\w-]+', '_', '-'.join(names)).strip('_') + '.json')
         replace_file(file, lambda f: f.write(json.dumps(table).encode()))       # noqa: B023
     print(WHY['depth' if kind == 'depth' else 'logits'])

@@ -172,9 +172,8 @@ class DelayedScaling:
             amax = amax.nan_to_num(nan=torch.inf)                    # a maximum may drop NaN
             dist.all_reduce(amax, dist.ReduceOp.MAX)
         self.history[..., self.step % self.history.size(-1)] = amax.nan_to_num(0, 0)
-        new = scale_for(self.history.amax(-1), self.tops, old)
-        torch._foreach_copy_(self.scales, new.unbind())
-        self.jump = (new / old).log2().abs().amax(0)                                     # (3,)
+        torch._foreach_copy_(self.scales, scale_for(self.history.amax(-1), self.tops, old).unbind())
+        self.previous = old                                          # for report()
         self.step += 1
         torch._foreach_zero_(self.amaxes)
         self.use_history()
@@ -198,7 +197,8 @@ class DelayedScaling:
     def report(self):
         """{role: (mean, largest) share of a layer's values, largest step of a scale's log2}."""
         lost = torch.stack([layer.lost for layer in self.layers.values()])               # (n, 3, 2)
-        rows = zip(ROLES, lost.mean(0).tolist(), lost.amax(0).tolist(), self.jump.tolist())
+        jumps = (torch.stack(self.scales) / self.previous).log2().abs().amax(0)          # (3,)
+        rows = zip(ROLES, lost.mean(0).tolist(), lost.amax(0).tolist(), jumps.tolist())
         return {role: {'saturated': (mean[0], most[0]), 'underflowed': (mean[1], most[1]),
                        'jump': jump} for role, mean, most, jump in rows}
 

@@ -213,8 +213,7 @@ def reference_gap(proxy, recent, tokens, step_tokens):
 def model_config(knobs):
     """The XmodelConfig of these knobs; ValueError where no such model can be."""
     shape = {f.name: knobs[f.name] for f in fields(XmodelConfig) if f.name in knobs}
-    longest = max((phase['block_size'] for phase in knobs['phases']), default=1)
-    return XmodelConfig(**shape, block_size=longest)
+    return XmodelConfig(**shape, block_size=max(phase['block_size'] for phase in knobs['phases']))
 
 
 def main():
@@ -417,7 +416,8 @@ def main():
             entry['note'], note = note, None
         if scaling and fp8_monitor and step % log_interval == 0:
             entry['fp8'] = scaling.report()
-        recent = recent[-49:] + [loss] * (not skipped)
+        if not skipped:
+            recent = recent[-49:] + [loss]
         if 9 <= step - watch[0] < 50 and (mean := statistics.fmean(recent[-10:])) > watch[1]:
             say(f'step {step}: loss {mean:.3f} after the change of optimizer is above '
                 f'{watch[1]:.3f}, 4 deviations over the 50 steps before: look at lr, weight decay')
