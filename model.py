@@ -255,6 +255,9 @@ class Xmodel(nn.Module):
 
         All blocks share one compiled graph; the whole model as one takes longer and runs no faster.
         """
+        # There is a graph for each length, training or not, FP8's first step and watched ones;
+        # beyond the default limit of 8 blocks would silently be eager again.
+        torch._dynamo.config.recompile_limit = 64
         for block in self.blocks:
             block._compiled_call_impl = None
             if on:

@@ -2,25 +2,37 @@
 
 A gradient matrix is dominated by a few singular directions, so SGD and Adam mostly move the weight
 along those. Muon replaces the momentum matrix U S Vᵀ by U Vᵀ: all directions move equally. An SVD
-would be slow; Newton–Schulz gets there with matrix products only, in bf16. Xmodel-2.5 (arXiv
-2511.19496) trains with AdamW through the stable phases and switches to Muon as decay begins.
+would be slow; Newton–Schulz gets there with matrix products only, for which bf16 is exact enough.
+Xmodel-2.5 (arXiv 2511.19496) trains with AdamW through the stable phases and switches to Muon as
+decay begins.
 
     python muon.py         # how close five Newton–Schulz steps come to an orthogonal matrix
 """
+import functools
 import math
 
 import torch
 
 
+@functools.cache
+def has_bf16(device):
+    """Whether 'cuda', 'cpu' or 'mps' multiplies bf16 in hardware.
+
+    A CPU without such units takes hundreds of times as long for it as for fp32.
+    """
+    return device == 'cpu' and torch.cpu._is_avx512_bf16_supported() or \
+        device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def zeropower_via_newtonschulz5(G, steps=5):
-    """G (..., rows, cols) -> about U Vᵀ of its SVD, same shape, bf16; batched over (...).
+    """G (..., rows, cols) -> about U Vᵀ of its SVD, same shape; batched over (...).
 
     Iterates X <- a X + (b A + c A²) X with A = X Xᵀ, an odd quintic applied to the singular values.
     The coefficients (Keller Jordan, 2024) are tuned for a steep slope at zero: five steps carry
     singular values of 0.01...1 to about 0.7...1.2, which serves as well as exactly 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = G.bfloat16()
+    X = G.bfloat16() if has_bf16(G.device.type) else G.float()
     if tall := G.size(-2) > G.size(-1):
         X = X.mT                                              # so that X Xᵀ is the smaller product
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)       # all singular values at most 1

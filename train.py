@@ -40,7 +40,7 @@ from configurator import check_range, configure, fail, knob_values
 from data_prep import get_batch, get_windows, open_data, prepare_missing, windows_before
 from fp8 import E4M3, E5M2, convert_to_float8
 from model import Xmodel, XmodelConfig
-from muon import make_optimizers, step_all
+from muon import has_bf16, make_optimizers, step_all
 
 # --- run ---
 out_dir = 'out/run'           # folder of this run; never overwrites another's
@@ -241,9 +241,7 @@ def main():
         where = torch.zeros(1, device=where).device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         fail(f'device={device!r} cannot be used here: {str(e).splitlines()[0][:120]}')
-    has_bf16 = where.type == 'cpu' and torch.cpu._is_avx512_bf16_supported() or \
-        where.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
-    bf16 = has_bf16 if dtype == 'auto' else dtype == 'bfloat16'
+    bf16 = has_bf16(where.type) if dtype == 'auto' else dtype == 'bfloat16'
     autocast = torch.autocast(where.type, torch.bfloat16) if bf16 else nullcontext()
     if world > 1:
         dist.init_process_group('nccl' if where.type == 'cuda' else 'gloo')
@@ -299,7 +297,7 @@ def main():
             fail(f'fp8: block_size of phase {odd[0]!r} should be a multiple of 16')
         try:
             scaling = convert_to_float8(model, fp8 == 'dynamic', fp8_amax_history_len, fp8_margin,
-                                        E4M3 if fp8_format == 'e4m3' else E5M2, fp8_monitor)
+                                        E4M3 if fp8_format == 'e4m3' else E5M2)
             if start and start['fp8'] and step == start['step'] and fp8_amax_history_len == \
                     start['knobs']['fp8_amax_history_len']:      # else a new history begins
                 scaling.load_state_dict(start['fp8'])
@@ -375,6 +373,8 @@ def main():
         # --- forward and backward: each micro-batch weighs as many targets as it has ---
         began = time.time()
         loss = torch.zeros((), device=where)
+        if scaling:
+            scaling.watch(fp8_monitor and step % log_interval == 0)
         for i, (x, y) in enumerate(micro, 1):
             last = world == 1 or i == len(micro)                 # ranks add gradients up only once
             with nullcontext() if last else net.no_sync():

@@ -1,4 +1,5 @@
 """fp8.py: rounding and GEMMs against float64, delayed scaling's rules, layouts, compile, ranks."""
+import functools
 import math
 import os
 import re
@@ -9,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, refused, run
+from torch import distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fp8
 from checkpoint import checkpoints, read_checkpoint
 from fp8 import E4M3, E5M2, convert_to_float8
-from model import Xmodel, XmodelConfig
+from model import Xmodel, XmodelConfig, rope_angles
 
 SMALL = XmodelConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=64, n_ffn=160, vocab_size=96,
                      block_size=32)
@@ -99,6 +101,27 @@ def test_errors_on_gaussian_data():
     output, *gradients = (((a - b).norm() / b.norm()).item()
                           for a, b in zip(step(layer, x, grad), right))
     assert 0.02 < output < 0.04 and all(0.02 < e < 0.08 for e in gradients)
+
+
+def test_outliers_of_100_times_are_borne_and_reported():
+    # a float's relative error is the same for small values, until they underflow: 100 x is nothing
+    layer, scaling = linear(1024, 512)
+    x, grad = gaussian(1024, 1024), gaussian(1024, 512, seed=2)
+    x[::10, ::100] *= 100
+    scaling.watch(True)
+    for found, right in zip(step(layer, x, grad), (x @ layer.weight.T, grad @ layer.weight,
+                                                   grad.T @ x)):
+        assert (found - right).norm() < 0.08 * right.norm()
+    scaling.update()
+    assert scaling.report()['input']['saturated'] == (0, 0)
+    step(layer, 100 * x, grad)                                   # no warning in the history
+    assert scaling.report()['input']['saturated'][0] > 0.0005
+    scaling.update()
+    assert scaling.report()['input']['jump'] == pytest.approx(math.log2(100))
+    printed = subprocess.run([sys.executable, fp8.__file__], capture_output=True, text=True,
+                             check=True).stdout
+    errors = [float(e) for e in re.findall(r'([\d.]+)%', printed)]
+    assert len(errors) == 6 and all(3 < e < 4 for e in errors[::3]) and max(errors) < 8
 
 
 @pytest.mark.parametrize('a_format, b_format', [(E4M3, E4M3), (E5M2, E4M3)])
@@ -240,7 +263,8 @@ def test_the_first_step_goes_by_its_own_amax_and_later_ones_do_not():
 
 
 def test_monitors_count_what_is_lost():
-    layer, scaling = linear(watched=True)
+    layer, scaling = linear()
+    scaling.watch(True)
     x, grad = gaussian(32, 64), gaussian(32, 96, seed=2)
     step(layer, x, grad)
     scaling.update()
@@ -275,6 +299,18 @@ def test_a_nan_is_traced_to_where_it_began(role, name):
     assert scaling.trace().startswith(f'{name}: its {role} has amax ')
 
 
+def test_all_amaxes_go_in_one_collective(monkeypatch):
+    model, scaling, x, y = small_model()
+    model(x, y)[1].backward()
+    calls = []
+    monkeypatch.setattr(dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(dist, 'all_reduce', lambda t, op: calls.append((t.shape, op)) or t.mul_(3))
+    before = torch.stack(scaling.amaxes)
+    scaling.update()
+    assert calls == [((8, 3), dist.ReduceOp.MAX)]
+    assert torch.equal(scaling.history[..., 0], 3 * before)      # the others' amaxes are larger
+
+
 # --- compiled, fake GPU ---
 
 def test_a_compiled_block_equals_eager_and_has_no_graph_break():
@@ -292,6 +328,50 @@ def test_a_compiled_block_equals_eager_and_has_no_graph_break():
         found.append([amaxes, *(p.grad for p in model.parameters())])
     for a, b in zip(*found):
         assert (a - b).norm() < 0.02 * b.norm()                  # some values round the other way
+
+
+def test_a_compiled_block_is_as_exact_as_eager_under_bf16_autocast():
+    # compiled, what is fused is not rounded to bf16 in between, and some values then round to
+    # another FP8 value: so compare both with the block in fp32, without FP8
+    h = torch.randn(2, 32, 64, generator=torch.Generator().manual_seed(3))
+    angles, found = rope_angles(torch.arange(32), 32, 1e4), {}
+    for way in ('plain', 'eager', 'compiled'):
+        torch.manual_seed(0)
+        model, x = Xmodel(SMALL), h.clone().requires_grad_()
+        scaling = convert_to_float8(model) if way != 'plain' else None
+        if way == 'compiled':
+            model.blocks[0].compile(dynamic=False, fullgraph=True)
+        with torch.autocast('cpu', torch.bfloat16, enabled=way != 'plain'):
+            out = model.blocks[0](x, *angles)
+        out.square().mean().backward()
+        found[way] = [out - h, x.grad, *(p.grad for p in model.blocks[0].parameters())]
+        assert not scaling or (torch.stack(scaling.amaxes)[:4] > 0).all()
+    for plain, eager, compiled in zip(*found.values()):
+        errors = [((t - plain).norm() / plain.norm()).item() for t in (eager, compiled)]
+        assert errors[1] == pytest.approx(errors[0], rel=0.25) and errors[1] < 0.2
+
+
+def test_only_another_length_or_kind_of_step_compiles_again(monkeypatch):
+    model, scaling, _, _ = small_model()
+    monkeypatch.setattr(nn.Module, 'compile', functools.partialmethod(
+        nn.Module.compile, backend='eager', fullgraph=True))
+    monkeypatch.setattr(torch._dynamo.config, 'fail_on_recompile_limit_hit', True)
+    torch._dynamo.reset()
+    model.set_compiled(True)
+
+    def steps(T):
+        angles = rope_angles(torch.arange(T), 32, 1e4)
+        for watched in (False, True, False):                     # the first without history
+            scaling.watch(watched)
+            model.hidden(torch.arange(2 * T).view(2, T) % 96, *angles).sum().backward()
+            scaling.update()
+        with torch.no_grad():
+            model.hidden(torch.arange(2 * T).view(2, T) % 96, *angles)
+    for T in (16, 32, 48):                                       # as a curriculum has lengths
+        steps(T)
+    with torch.compiler.set_stance('fail_on_recompile'):
+        for T in (16, 48):
+            steps(T)
 
 
 def on_a_gpu(a, b, dtype=torch.bfloat16, fast=False):

@@ -4,6 +4,7 @@ import copy
 import pytest
 import torch
 
+import muon
 from model import Xmodel, XmodelConfig
 from muon import Muon, make_optimizers, zeropower_via_newtonschulz5
 
@@ -86,6 +87,16 @@ def test_newton_schulz_against_svd(shape):
     assert 0.6 < torch.linalg.svdvals(X).min() and torch.linalg.svdvals(X).max() < 1.3
     sigma = (U.mT @ X @ Vh.mT).diagonal(dim1=-2, dim2=-1)        # in G's own singular vectors,
     assert_near((U * sigma[..., None, :]) @ Vh, X, 0.05)         # X is diagonal, to 3.8 %
+
+
+@pytest.mark.parametrize('units', [True, False])
+def test_newton_schulz_is_in_bf16_only_where_there_are_units_for_it(units, monkeypatch):
+    G = weights((32, 64))[0].detach()
+    monkeypatch.setattr(muon, 'has_bf16', lambda device: units)
+    X = zeropower_via_newtonschulz5(G)
+    assert X.dtype == (torch.bfloat16 if units else torch.float32)
+    monkeypatch.setattr(muon, 'has_bf16', lambda device: not units)
+    assert_near(X.float(), zeropower_via_newtonschulz5(G).float(), 0.06)     # 3.9 %
 
 
 def test_zero_gradient_leaves_decay_alone():
