@@ -3,11 +3,15 @@
     python bench.py                              # the 20M proxy: minutes on two CPU cores
     python bench.py --n_layer=2 --rounds=3 --full_vocab_size=0        # a trial
     python bench.py --device=cuda --batch_size=16 --json=bench.json
+    python bench.py --variants=ours-compiled,fp8-compiled,dynamic-compiled     # FP8 on this machine
+    python bench.py --fp8                        # what FP8 gives at 1.3B on an H100, by its figures
+                                                 # alone; on a GPU with FP8 units also measured
 
-A step is forward, backward and AdamW (fused) on the same tokens: weights fp32, matmuls bf16. Each
-variant has a process of its own, so its peak memory is its own. The processes take turns, one step
-each a round, so that what else the machine does slows all alike; ratios are taken within a round.
-The GEMM peak is the FLOP/s of a bare matrix product, the most the machine gave in that round.
+A step is forward, backward and AdamW (fused) on the same tokens: weights fp32, matmuls bf16 where
+the hardware has them. Each variant has a process of its own, so its peak memory is its own. The
+processes take turns, one step each a round, so that what else the machine does slows all alike;
+ratios are taken within a round. The GEMM peak is the FLOP/s of a bare matrix product, the most the
+machine gave in that round.
 """
 import importlib.util
 import itertools
@@ -22,18 +26,23 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 from checkpoint import replace_file
 from configurator import check_range, configure, fail, knob_values
-from model import Xmodel, XmodelConfig, mup_table
+from fp8 import convert_to_float8
+from model import Xmodel, XmodelConfig, mup_table, rope_angles
+from muon import has_bf16
 
-variants = 'ours-eager,ours-compiled,granite-eager,granite-compiled'
+variants = 'ours-eager,ours-compiled,granite-eager,granite-compiled'    # also fp8-, dynamic-
+fp8 = False                   # bf16 beside FP8 at 1.3B: roofline and, on a GPU, measured
 rounds = 7                    # timed steps of each variant
 json = ''                     # file for the figures of every round; '': none
 device = 'auto'               # 'auto' | 'cpu' | 'cuda': 'auto' takes cuda where there is one
-dtype = 'bfloat16'            # 'bfloat16' | 'float32': of matmuls
-# --- shape: the proxy's ---
+dtype = 'auto'                # 'auto' | 'bfloat16' | 'float32': of matmuls
+# --- shape: the proxy's; with --fp8 the 1.3B model's, and 4 x 3712 tokens, as in its stable phase
 batch_size = 4
 block_size = 512
 n_layer = 24
@@ -83,11 +92,12 @@ def worker(pipe, variant, c, B, device, dtype):
         torch.manual_seed(0)
         x = torch.randint(c.vocab_size, (B, c.block_size), device=device)       # (B, T)
         y = torch.cat((x[:, 1:], torch.full_like(x[:, :1], -1)), dim=1)         # (B, T)
-        model = net = {'ours': Xmodel, 'granite': granite}[kind](c).to(device)
+        model = net = (granite if kind == 'granite' else Xmodel)(c).to(device)
+        scaling = kind in ('fp8', 'dynamic') and convert_to_float8(model, kind == 'dynamic')
         n_params = sum(p.numel() for p in model.parameters())
         with torch.device('meta'):
             assert n_params == Xmodel(c).num_params(), f'{n_params} parameters'
-        if kind == 'ours':
+        if kind != 'granite':
             model.set_compiled(mode == 'compiled')
         elif mode == 'compiled':
             net = torch.compile(model)
@@ -95,10 +105,12 @@ def worker(pipe, variant, c, B, device, dtype):
         while pipe.recv():
             began = time.perf_counter()
             with torch.autocast(device, torch.bfloat16, enabled=dtype == 'bfloat16'):
-                loss = net(x, y)[1] if kind == 'ours' else net(x, labels=x).loss
+                loss = net(x, labels=x).loss if kind == 'granite' else net(x, y)[1]
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+            if scaling:
+                scaling.update()
             if device == 'cuda':
                 torch.cuda.synchronize()
             seconds, peak = time.perf_counter() - began, peak_memory(device) - libraries
@@ -107,6 +119,162 @@ def worker(pipe, variant, c, B, device, dtype):
         pass                                                     # nobody asks any more
     except Exception as e:  # noqa: BLE001                       (out of memory, no compiler, ...)
         pipe.send(f'{type(e).__name__}: {str(e)[:150]!r}')
+
+
+# --- what FP8 can give, by the hardware's figures alone ---
+
+BF16_FLOPS, FP8_FLOPS, MEMORY = 989e12, 1979e12, 3.35e12        # of an H100 SXM, dense; bytes/s
+WAYS = 'bf16', 'delayed', 'dynamic'
+
+
+def linears(c):
+    """{name: the nn.Linear} of a block of Xmodel(c), without data."""
+    with torch.device('meta'):
+        block = Xmodel(replace(c, n_layer=1)).blocks[0]
+    return {name: layer for name, layer in block.named_modules() if isinstance(layer, nn.Linear)}
+
+
+def work_of_a_block(c, B):
+    """[(layer, what, (m, k, n), FLOPs, bytes in each of WAYS)] of a training step of (B, T) tokens.
+
+    Bytes are those of operands and results, each read or written once. In FP8 the GEMMs, of sizes
+    (m, k) · (k, n), read a byte a value. For it, every input and output gradient is transposed,
+    1 byte read, 1 written, and each weight, fp32 in memory, rounded twice and transposed. With a
+    scale at hand what computes a tensor writes 1 byte a value, not 2; dynamic scaling has to write
+    2, then read them again and write 1, and to read weights once more.
+    """
+    M, C, T, kv = B * c.block_size, c.n_embd, c.block_size, c.n_kv_head * c.hd
+    work = []
+    for name, layer in linears(c).items():
+        K, N = layer.in_features, layer.out_features
+        for what, m, k, n in (('output', M, K, N), ('gradient of input', M, N, K),
+                              ('gradient of weight', N, M, K)):
+            read, written = m * k + k * n, 2 * m * n
+            work.append((name, what, (m, k, n), 2 * m * k * n,
+                         (2 * read + written, read + written, read + written)))
+        x, w, g = M * K, N * K, M * N
+        work.append((name, 'rounding', None, 0, (6 * w, 12 * w + x + g, 16 * w + 5 * x + 5 * g)))
+    # q·k and attention · v of T / 2 keys a token, twice again and once more in the backward pass
+    work.append(('attention', '', None, 7 * M * T * C, (6 * M * (2 * C + 2 * kv),) * 3))
+    # forward, two norms, rotation, SwiGLU, two additions to the fp32 residual stream; backward 2 x
+    element_wise = 3 * M * (12 * C + 4 * (C + kv) + 6 * c.n_ffn + 20 * C)
+    return [*work, ('element-wise', '', None, 0, (element_wise,) * 3)]
+
+
+def work_of_logits(c, B):
+    """The same of logits and loss, which stay in bf16."""
+    M, C, V = B * c.block_size, c.n_embd, c.vocab_size
+    chunks = math.ceil(M * V / 2**28)                            # each adds to the fp32 gradient
+    moved = 6 * M * C + 4 * C * V + 6 * M * V + 6 * M * V + 12 * C * V * chunks
+    return [('logits', '', None, 6 * M * C * V, (moved,) * 3)]
+
+
+def seconds(work, way):
+    """Least time of the work on an H100: of each part, that of its FLOPs or of its bytes."""
+    return sum(max(flops / (FP8_FLOPS if gemm and way != 'bf16' else BF16_FLOPS),
+                   moved[WAYS.index(way)] / MEMORY) for _, _, gemm, flops, moved in work)
+
+
+def print_roofline(c, B):
+    """GEMM by GEMM, block and model; then the gains that others measured beside the same count."""
+    def row(name, work, sizes='', times=1):
+        each = [seconds(work, way) * 1e6 * times for way in WAYS]
+        moved = [sum(part[4][i] for part in work) / 1e6 * times for i in range(3)]
+        print(f'{name:32}{sizes:20}{sum(part[3] for part in work) / 1e9 * times:8,.0f} '
+              + '{:9,.0f}{:8,.0f}{:8,.0f} {:9,.0f}{:8,.0f}{:8,.0f}'.format(*moved, *each)
+              + f'{each[0] / each[1]:7.2f}{each[0] / each[2]:6.2f}')
+
+    block, logits = work_of_a_block(c, B), work_of_logits(c, B)
+    print(f'A step of {B} x {c.block_size} tokens on an H100, if every part took the time of its '
+          f'FLOPs ({BF16_FLOPS / 1e12:.0f} TFLOP/s\nin bf16, {FP8_FLOPS / 1e12:.0f} in FP8) or of '
+          f'its bytes ({MEMORY / 1e12} TB/s), whichever is more. An estimate, not measured:\n')
+    print(f'{"a block":52}{"GFLOP":>8}{"MB: bf16":>10}{"delayed":>8}{"dynamic":>8}'
+          f'{"us: bf16":>10}{"delayed":>8}{"dynamic":>8}{"gain of each":>14}')
+    for part in block:
+        row(f'{part[0]:13}{part[1]}', [part], ' x '.join(map(str, part[2] or ())))
+    row('its four linears', [part for part in block if '.' in part[0]])
+    row('block', block)
+    row(f'{c.n_layer} blocks, logits, loss', block * c.n_layer + logits)
+
+    print('\nThe same count, in blocks of our kind, beside the gains that others measured:\n')
+    of_26 = XmodelConfig(26, 13, 13, 1664, 4436, 32_768, 2048)   # FFN as large as nanochat's
+    of_12 = XmodelConfig(12, 6, 6, 768, 2048, 32_768, 2048)
+    llama = XmodelConfig(32, 32, 8, 4096, 14_336, 128_256, 8192)
+    for who, measured, shape, rows, way in (
+            ('Xmodel-2.5 (its paper)', '30 %', replace(XmodelConfig(), block_size=3712), 4,
+             'delayed'),
+            ('torchtitan, Llama 3 8B, 1 x 8192', '25-28 %', llama, 1, 'dynamic'),
+            ('nanochat, 26 layers, 32 x 2048', '17 %', of_26, 32, 'dynamic'),
+            ('nanochat, 12 layers', 'none', of_12, 32, 'dynamic')):
+        work = work_of_a_block(shape, rows) * shape.n_layer + work_of_logits(shape, rows)
+        gain = seconds(work, 'bf16') / seconds(work, way) - 1
+        print(f'{who:34} {way}: estimated {gain:4.0%}, measured {measured}')
+
+
+def kept_bytes(c, B, fp8):
+    """Bytes that a block of (B, T, C) inputs keeps for its backward pass, beside its weights."""
+    with FakeTensorMode():                                       # shapes, no data
+        model = Xmodel(replace(c, n_layer=1))
+        if fp8:
+            convert_to_float8(model)
+        x = torch.zeros(B, c.block_size, c.n_embd, requires_grad=True)
+        angles = rope_angles(torch.arange(c.block_size), c.hd, c.rope_theta)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), \
+                torch.autocast('cpu', torch.bfloat16):
+            model.blocks[0](x, *angles)
+        size = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}
+        for p in model.parameters():
+            size.pop(p.untyped_storage()._cdata, None)
+        return sum(size.values())
+
+
+def time_linears(c, B, device):
+    """{name: {way: seconds of each round}} of a block's linears, forward and backward, compiled."""
+    found = {}
+    for name, like in linears(c).items():
+        steps, found[name] = {}, {way: [] for way in WAYS}
+        for way in WAYS:
+            net = nn.Module()
+            net.blocks = nn.ModuleList([nn.Linear(like.in_features, like.out_features, bias=False)])
+            net.to(device)
+            steps[way] = net.blocks[0], way != 'bf16' and convert_to_float8(net, way == 'dynamic')
+            net.blocks[0].compile(dynamic=False)
+        x = torch.randn(B * c.block_size, like.in_features, device=device, requires_grad=True)
+        grad = torch.randn(B * c.block_size, like.out_features, device=device).bfloat16()
+        for i in range(rounds + 3):                              # three to compile and warm up
+            for way, (layer, scaling) in steps.items():
+                began = time.perf_counter()
+                with torch.autocast(device, torch.bfloat16):
+                    y = layer(x)
+                y.backward(grad)
+                if scaling:
+                    scaling.update()
+                if device == 'cuda':
+                    torch.cuda.synchronize()
+                if i >= 3:
+                    found[name][way].append(time.perf_counter() - began)
+    return found
+
+
+def compare_fp8(c, B, device):
+    """--fp8: the estimate, memory and, on a GPU with FP8 units, each linear measured."""
+    print_roofline(c, B)
+    plain, eight = (kept_bytes(c, B, fp8) for fp8 in (False, True))
+    print(f'\nA block keeps for its backward pass {plain / 1e6:,.0f} MB in bf16, '
+          f'{eight / 1e6:,.0f} MB with FP8, {1 - eight / plain:.0%} less; {c.n_layer} blocks '
+          f'{plain * c.n_layer / 1e9:.1f} and {eight * c.n_layer / 1e9:.1f} GB,\n'
+          f'with activation checkpointing {4e-9 * B * c.block_size * c.n_embd * c.n_layer:.1f} GB '
+          'and one block\'s. (Counted in eager mode; compiled blocks keep less in both.)')
+    if device != 'cuda':
+        print('\nThere is no GPU here: nothing was measured. On one, the same command times each '
+              'linear and the whole step.')
+        sys.exit()
+    print('\nMeasured, forward and backward of a linear, medians of rounds taken in turn:')
+    for name, times in time_linears(c, B, device).items():
+        gains = [median(a / b for a, b in zip(times['bf16'], times[way])) for way in WAYS[1:]]
+        print(f'{name:13}' + ''.join(f'{median(times[way]) * 1e6:9,.0f} us {way}' for way in WAYS)
+              + '; gain {:.2f}, {:.2f}'.format(*gains))
 
 
 # --- the process that directs them ---
@@ -137,15 +305,19 @@ def gemm_flops(device, dtype):
 
 def main():
     names = list(dict.fromkeys(variants.split(',')))
-    known = ('ours-eager', 'ours-compiled', 'granite-eager', 'granite-compiled')
+    known = [f'{kind}-{mode}' for kind in ('ours', 'fp8', 'dynamic', 'granite')
+             for mode in ('eager', 'compiled')]
     if odd := [name for name in names if name not in known]:
         fail(f'variants: {odd[0]!r} should be one of {", ".join(known)}')
     check_range(globals(), 1, math.inf, 'rounds', 'batch_size')
     if not Path(json).absolute().parent.is_dir():
         fail(f'json={json}: there is no such folder')
     where = device if device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    how = 'bfloat16' if dtype == 'auto' and has_bf16(where) else dtype.replace('auto', 'float32')
     try:
         c = XmodelConfig(n_layer, n_head, n_kv_head, n_embd, n_ffn, vocab_size, block_size)
+        if fp8:
+            compare_fp8(c, batch_size, where)
     except ValueError as e:
         fail(e)
     if 'granite' in variants and not importlib.util.find_spec('transformers'):
@@ -160,7 +332,7 @@ def main():
     for V, name in itertools.product(vocabs, names):
         bar.set_postfix_str(f'{name}, vocabulary {V:,}')
         pipes[name], theirs = spawn.Pipe()
-        args = theirs, name, replace(c, vocab_size=V), batch_size, where, dtype
+        args = theirs, name, replace(c, vocab_size=V), batch_size, where, how
         spawn.Process(target=worker, args=args, daemon=True).start()
         theirs.close()                                           # so that its death ends the pipe
         for _ in range(2):                                       # compile; have AdamW's state
@@ -169,7 +341,7 @@ def main():
             pipes.pop(name).close()
         bar.update()
     for _ in range(rounds):
-        gemm.append(gemm_flops(where, dtype))
+        gemm.append(gemm_flops(where, how))
         for name, pipe in pipes.items():
             seconds, peaks[name][vocab_size] = ask(name, pipe)
             speeds[name].append(batch_size * block_size / seconds)
@@ -185,7 +357,7 @@ def main():
         model = Xmodel(c)
     base, flops = max(names, key='granite-eager'.__eq__), model.flops_per_token(block_size)
     print(f'{model.num_params():,} parameters, {batch_size} x {block_size} tokens, {where}, '
-          f'{dtype}, {torch.get_num_threads()} threads; GEMM {median(gemm) / 1e12:.3g} TFLOP/s')
+          f'{how}, {torch.get_num_threads()} threads; GEMM {median(gemm) / 1e12:.3g} TFLOP/s')
     print("MB at the peak, and (beyond weights, gradients and AdamW's moments)")
     rows = [['variant', 'tok/s', f'/ {base}', 'of GEMM', *(f'MB, V = {V:,}' for V in vocabs)]]
     figures = {}
@@ -206,5 +378,9 @@ def main():
 
 
 if __name__ == '__main__':
+    if any(arg.partition('=')[0] == '--fp8' for arg in sys.argv):        # other defaults
+        shape = {key: value for key, value in vars(XmodelConfig()).items() if key in globals()}
+        globals().update(shape, batch_size=4, block_size=3712, full_vocab_size=0,
+                         variants='ours-compiled,fp8-compiled,dynamic-compiled')
     configure(globals())
     main()

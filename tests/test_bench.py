@@ -4,11 +4,19 @@ import multiprocessing
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from test_model import granite as oracle
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 import bench
 from model import Xmodel, XmodelConfig
@@ -52,6 +60,68 @@ def test_run(tmp_path):
     assert len(ratios) == 3
     assert ours['ratio'] == [statistics.median(ratios), min(ratios), max(ratios)]
     assert 0 < ours['gemm_share'] < 1 and theirs['ratio'] == [1, 1, 1]
+
+
+def test_fp8_variants_run():
+    done = run('--variants=ours-eager,fp8-eager,dynamic-eager', '--n_embd=64', '--batch_size=4')
+    assert (done.returncode, done.stderr) == (0, '')
+    assert [line.split()[0] for line in done.stdout.splitlines()[-3:]] == \
+        ['ours-eager', 'fp8-eager', 'dynamic-eager']
+
+
+# --- --fp8: what a GPU could gain ---
+
+def test_flops_of_the_estimate_are_those_that_torch_counts():
+    c, B = replace(C, block_size=64, vocab_size=128), 2
+    idx = torch.zeros(B, c.block_size, dtype=torch.long)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = Xmodel(c)
+        with FlopCounterMode(display=False) as counter:
+            model(idx, idx)[1].backward()
+    block, logits = bench.work_of_a_block(c, B), bench.work_of_logits(c, B)
+    ours = {part[0]: 0 for part in block}
+    for name, _, _, flops, _ in block:
+        ours[name] += flops
+    attention = ours.pop('attention')
+    # torch counts none of attention on a CPU
+    assert c.n_layer * sum(ours.values()) + logits[0][3] == counter.get_total_flops()
+    q = B, c.n_head, 64, c.hd                                    # half, as the mask is causal
+    assert attention == (sdpa_flop_count(q, q, q) + sdpa_backward_flop_count(q, q, q, q)) / 2
+
+
+def test_a_gemm_bound_by_flops_gains_two_and_one_by_bytes_what_it_moves():
+    def gain(M, K, N):
+        c = replace(C, n_embd=K, n_ffn=N // 2, block_size=M, n_head=1)
+        part = next(part for part in bench.work_of_a_block(c, 1) if part[2] == (M, K, N))
+        return bench.seconds([part], 'bf16') / bench.seconds([part], 'delayed')
+    assert gain(16384, 8192, 8192) == pytest.approx(1979 / 989)
+    assert gain(16, 1024, 1024) == pytest.approx(2 * (16 + 1024 + 16) / (16 + 1024 + 2 * 16))
+
+
+def test_fp8_keeps_a_byte_a_value_of_the_linears_inputs():
+    c, B = replace(C, block_size=64), 2
+    M, C_, F, kv = B * 64, c.n_embd, c.n_ffn, c.n_kv_head * c.hd
+    weights = C_ * (C_ + 2 * kv) + C_ * C_ + C_ * 2 * F + F * C_
+    # of qkv, gate_up, down one byte in place of two; of the output projection one more, as
+    # attention keeps its output for itself; no bf16 copies of the weights; 14 numbers of scaling
+    assert bench.kept_bytes(c, B, False) - bench.kept_bytes(c, B, True) == \
+        M * (2 * C_ + F) - M * C_ + 2 * weights - 4 * 56
+
+
+def test_linears_are_timed(monkeypatch):
+    monkeypatch.setattr(bench, 'rounds', 2)
+    monkeypatch.setattr(nn.Module, 'compile', lambda self, **kw: None)
+    found = bench.time_linears(replace(C, block_size=16), 1, 'cpu')
+    assert list(found) == ['attn.qkv', 'attn.out', 'ffn.gate_up', 'ffn.down']
+    assert all([len(times[way]) for way in bench.WAYS] == [2, 2, 2] for times in found.values())
+
+
+def test_without_a_gpu_fp8_prints_the_estimate_and_says_so():
+    done = subprocess.run([sys.executable, bench.__file__, '--fp8', '--device=cpu'], check=False,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, '')
+    assert '14848 x 1536 x 7680' in done.stdout and 'There is no GPU here' in done.stdout
+    assert max(map(len, done.stdout.splitlines())) < 150
 
 
 @pytest.mark.parametrize('flag, says', [
