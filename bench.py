@@ -4,8 +4,7 @@
     python bench.py --n_layer=2 --rounds=3 --full_vocab_size=0        # a trial
     python bench.py --device=cuda --batch_size=16 --json=bench.json
     python bench.py --variants=ours-compiled,fp8-compiled,dynamic-compiled     # FP8 on this machine
-    python bench.py --fp8                        # what FP8 gives at 1.3B on an H100, by its figures
-                                                 # alone; on a GPU with FP8 units also measured
+    python bench.py --fp8                        # at 1.3B: an estimate; on a GPU also measured
 
 A step is forward, backward and AdamW (fused) on the same tokens: weights fp32, matmuls bf16 where
 the hardware has them. Each variant has a process of its own, so its peak memory is its own. The
@@ -110,7 +109,7 @@ def worker(pipe, variant, c, B, device, dtype):
             optimizer.step()
             optimizer.zero_grad()
             if scaling:
-                scaling.update()
+                scaling.update(scaling.collect())
             if device == 'cuda':
                 torch.cuda.synchronize()
             seconds, peak = time.perf_counter() - began, peak_memory(device) - libraries
@@ -135,13 +134,13 @@ def linears(c):
 
 
 def work_of_a_block(c, B):
-    """[(layer, what, (m, k, n), FLOPs, bytes in each of WAYS)] of a training step of (B, T) tokens.
+    """[(layer, what, (m, k, n), FLOPs, bytes in each of WAYS)] of the forward and backward pass.
 
-    Bytes are those of operands and results, each read or written once. In FP8 the GEMMs, of sizes
-    (m, k) · (k, n), read a byte a value. For it, every input and output gradient is transposed,
-    1 byte read, 1 written, and each weight, fp32 in memory, rounded twice and transposed. With a
-    scale at hand what computes a tensor writes 1 byte a value, not 2; dynamic scaling has to write
-    2, then read them again and write 1, and to read weights once more.
+    Of (B, T) tokens; bytes as if every operand and result were read or written once. In FP8 GEMMs
+    of (m, k) · (k, n) read a byte a value. 'rounding' is what FP8 adds. Every input x and output
+    gradient g is transposed: 1 byte read, 1 written. What computes it writes 1 byte with a scale at
+    hand, in place of bf16's 2; dynamic scaling has it write 2, then reads 2 and writes 1. So
+    delayed 2 - 1, dynamic 2 + 3. Each weight, 4 bytes in memory, is rounded twice and transposed.
     """
     M, C, T, kv = B * c.block_size, c.n_embd, c.block_size, c.n_kv_head * c.hd
     work = []
@@ -153,24 +152,29 @@ def work_of_a_block(c, B):
             work.append((name, what, (m, k, n), 2 * m * k * n,
                          (2 * read + written, read + written, read + written)))
         x, w, g = M * K, N * K, M * N
-        work.append((name, 'rounding', None, 0, (6 * w, 12 * w + x + g, 16 * w + 5 * x + 5 * g)))
-    # q·k and attention · v of T / 2 keys a token, twice again and once more in the backward pass
-    work.append(('attention', '', None, 7 * M * T * C, (6 * M * (2 * C + 2 * kv),) * 3))
-    # forward, two norms, rotation, SwiGLU, two additions to the fp32 residual stream; backward 2 x
-    element_wise = 3 * M * (12 * C + 4 * (C + kv) + 6 * c.n_ffn + 20 * C)
+        # attention writes 2 bytes in any case: read and written once more, or twice for its amax
+        delayed, dynamic = (5, 7) if name == 'attn.out' else (1, 5)
+        work.append((name, 'rounding', None, 0,
+                     (6 * w, 12 * w + delayed * x + g, 16 * w + dynamic * x + 5 * g)))
+    # T / 2 keys a token: 2 products forward, 4 backward, and q·k once more
+    work.append(('attention', '', None, 7 * M * T * C, (12 * M * (C + kv),) * 3))
+    # Two additions to the fp32 residual stream, each with the norm after it: x 4 + 4 bytes, branch
+    # 2, normed 2; backward 4 + 4 + 4, 2, 2. Rotation of q and k. SwiGLU: gate, up and product.
+    element_wise = M * (24 * C + 32 * C + 8 * (C + kv) + (6 + 10) * c.n_ffn)
     return [*work, ('element-wise', '', None, 0, (element_wise,) * 3)]
 
 
 def work_of_logits(c, B):
     """The same of logits and loss, which stay in bf16."""
     M, C, V = B * c.block_size, c.n_embd, c.vocab_size
-    chunks = math.ceil(M * V / 2**28)                            # each adds to the fp32 gradient
-    moved = 6 * M * C + 4 * C * V + 6 * M * V + 6 * M * V + 12 * C * V * chunks
-    return [('logits', '', None, 6 * M * C * V, (moved,) * 3)]
+    weight = C * V * math.ceil(M * V / 2**28)                    # is read in each chunk of rows
+    # softmax reads logits twice, writes gradients; a chunk's is added to the fp32 one of the weight
+    return [('logits', '', None, 6 * M * C * V, (6 * (M * C + M * V + weight),) * 3),
+            ('loss', '', None, 0, (6 * M * V + 10 * weight,) * 3)]
 
 
-def seconds(work, way):
-    """Least time of the work on an H100: of each part, that of its FLOPs or of its bytes."""
+def roofline(work, way):
+    """Seconds of the work on an H100, each part taking the time of its FLOPs or of its bytes."""
     return sum(max(flops / (FP8_FLOPS if gemm and way != 'bf16' else BF16_FLOPS),
                    moved[WAYS.index(way)] / MEMORY) for _, _, gemm, flops, moved in work)
 
@@ -178,37 +182,43 @@ def seconds(work, way):
 def print_roofline(c, B):
     """GEMM by GEMM, block and model; then the gains that others measured beside the same count."""
     def row(name, work, sizes='', times=1):
-        each = [seconds(work, way) * 1e6 * times for way in WAYS]
+        each = [roofline(work, way) * 1e6 * times for way in WAYS]
         moved = [sum(part[4][i] for part in work) / 1e6 * times for i in range(3)]
         print(f'{name:32}{sizes:20}{sum(part[3] for part in work) / 1e9 * times:8,.0f} '
               + '{:9,.0f}{:8,.0f}{:8,.0f} {:9,.0f}{:8,.0f}{:8,.0f}'.format(*moved, *each)
               + f'{each[0] / each[1]:7.2f}{each[0] / each[2]:6.2f}')
 
-    block, logits = work_of_a_block(c, B), work_of_logits(c, B)
-    print(f'A step of {B} x {c.block_size} tokens on an H100, if every part took the time of its '
-          f'FLOPs ({BF16_FLOPS / 1e12:.0f} TFLOP/s\nin bf16, {FP8_FLOPS / 1e12:.0f} in FP8) or of '
-          f'its bytes ({MEMORY / 1e12} TB/s), whichever is more. An estimate, not measured:\n')
-    print(f'{"a block":52}{"GFLOP":>8}{"MB: bf16":>10}{"delayed":>8}{"dynamic":>8}'
+    def whole(c, B):
+        return work_of_a_block(c, B) * c.n_layer + work_of_logits(c, B)
+
+    block = work_of_a_block(c, B)
+    print(f'Forward and backward pass of {B} x {c.block_size} tokens on an H100, if every part '
+          f'took the time of its FLOPs\n({BF16_FLOPS / 1e12:.0f} TFLOP/s in bf16, '
+          f'{FP8_FLOPS / 1e12:.0f} in FP8) or of its bytes ({MEMORY / 1e12} TB/s), whichever is '
+          'more. An estimate, not measured:\n')
+    print(f'{"a block":32}{"m x k x n":20}{"GFLOP":>8}{"MB: bf16":>10}{"delayed":>8}{"dynamic":>8}'
           f'{"us: bf16":>10}{"delayed":>8}{"dynamic":>8}{"gain of each":>14}')
     for part in block:
         row(f'{part[0]:13}{part[1]}', [part], ' x '.join(map(str, part[2] or ())))
     row('its four linears', [part for part in block if '.' in part[0]])
     row('block', block)
-    row(f'{c.n_layer} blocks, logits, loss', block * c.n_layer + logits)
+    row(f'{c.n_layer} blocks, logits, loss', whole(c, B))
 
-    print('\nThe same count, in blocks of our kind, beside the gains that others measured:\n')
-    of_26 = XmodelConfig(26, 13, 13, 1664, 4436, 32_768, 2048)   # FFN as large as nanochat's
-    of_12 = XmodelConfig(12, 6, 6, 768, 2048, 32_768, 2048)
+    print('\nThe same count of others (in blocks of our kind, as large), and what they measured:\n')
     llama = XmodelConfig(32, 32, 8, 4096, 14_336, 128_256, 8192)
-    for who, measured, shape, rows, way in (
-            ('Xmodel-2.5 (its paper)', '30 %', replace(XmodelConfig(), block_size=3712), 4,
-             'delayed'),
-            ('torchtitan, Llama 3 8B, 1 x 8192', '25-28 %', llama, 1, 'dynamic'),
-            ('nanochat, 26 layers, 32 x 2048', '17 %', of_26, 32, 'dynamic'),
-            ('nanochat, 12 layers', 'none', of_12, 32, 'dynamic')):
-        work = work_of_a_block(shape, rows) * shape.n_layer + work_of_logits(shape, rows)
-        gain = seconds(work, 'bf16') / seconds(work, way) - 1
-        print(f'{who:34} {way}: estimated {gain:4.0%}, measured {measured}')
+    of_26 = XmodelConfig(26, 13, 13, 1664, 6656 * 2 // 3, 32_768, 2048)
+    of_12 = XmodelConfig(12, 6, 6, 768, 2048, 32_768, 2048)
+    up = [part for part in work_of_a_block(replace(of_26, n_ffn=6656 // 2), 32)
+          if part[0] == 'ffn.gate_up']
+    for who, measured, way, work in (
+            ('Xmodel-2.5, by its paper', '30 %', 'delayed',
+             whole(replace(XmodelConfig(), block_size=3712), 4)),
+            ('Llama 3 8B, 1 x 8192 (torchao)', '25 %', 'dynamic', whole(llama, 1)),
+            ('26 layers, 32 x 2048 (nanochat)', '17 %', 'dynamic', whole(of_26, 32)),
+            ('12 layers, 32 x 2048 (nanochat)', 'slower', 'dynamic', whole(of_12, 32)),
+            ('a linear alone, 65536 x 1664 x 6656 (nanochat)', '18 %', 'dynamic', up)):
+        gain = roofline(work, 'bf16') / roofline(work, way) - 1
+        print(f'{who:48} {way}: estimated {gain:4.0%}, measured {measured}')
 
 
 def kept_bytes(c, B, fp8):
@@ -229,8 +239,12 @@ def kept_bytes(c, B, fp8):
         return sum(size.values())
 
 
-def time_linears(c, B, device):
-    """{name: {way: seconds of each round}} of a block's linears, forward and backward, compiled."""
+def time_linears(c, B, device, passes=20):
+    """{name: {way: seconds a pass in each round}} of a block's linears, compiled.
+
+    A pass is forward and backward; many follow one another, so that a GPU waits for none. Amaxes
+    are collected after them, untimed: a model does that once for all its layers.
+    """
     found = {}
     for name, like in linears(c).items():
         steps, found[name] = {}, {way: [] for way in WAYS}
@@ -240,20 +254,23 @@ def time_linears(c, B, device):
             net.to(device)
             steps[way] = net.blocks[0], way != 'bf16' and convert_to_float8(net, way == 'dynamic')
             net.blocks[0].compile(dynamic=False)
-        x = torch.randn(B * c.block_size, like.in_features, device=device, requires_grad=True)
-        grad = torch.randn(B * c.block_size, like.out_features, device=device).bfloat16()
+        x, grad = (torch.randn(B * c.block_size, size, device=device, dtype=torch.bfloat16)
+                   for size in (like.in_features, like.out_features))
+        x.requires_grad_()
         for i in range(rounds + 3):                              # three to compile and warm up
             for way, (layer, scaling) in steps.items():
                 began = time.perf_counter()
-                with torch.autocast(device, torch.bfloat16):
-                    y = layer(x)
-                y.backward(grad)
-                if scaling:
-                    scaling.update()
+                for _ in range(passes):
+                    x.grad = layer.weight.grad = None
+                    with torch.autocast(device, torch.bfloat16):
+                        y = layer(x)
+                    y.backward(grad)
                 if device == 'cuda':
                     torch.cuda.synchronize()
                 if i >= 3:
-                    found[name][way].append(time.perf_counter() - began)
+                    found[name][way].append((time.perf_counter() - began) / passes)
+                if scaling:
+                    scaling.update(scaling.collect())
     return found
 
 
@@ -265,11 +282,11 @@ def compare_fp8(c, B, device):
           f'{eight / 1e6:,.0f} MB with FP8, {1 - eight / plain:.0%} less; {c.n_layer} blocks '
           f'{plain * c.n_layer / 1e9:.1f} and {eight * c.n_layer / 1e9:.1f} GB,\n'
           f'with activation checkpointing {4e-9 * B * c.block_size * c.n_embd * c.n_layer:.1f} GB '
-          'and one block\'s. (Counted in eager mode; compiled blocks keep less in both.)')
+          "and one block's. (Counted in eager mode on a CPU, with the bf16 copies\nof weights that "
+          'FP8 does not need.)')
     if device != 'cuda':
-        print('\nThere is no GPU here: nothing was measured. On one, the same command times each '
-              'linear and the whole step.')
-        sys.exit()
+        return print('\nThere is no GPU here: nothing was measured. On one, this times each linear '
+                     'and the whole step.')
     print('\nMeasured, forward and backward of a linear, medians of rounds taken in turn:')
     for name, times in time_linears(c, B, device).items():
         gains = [median(a / b for a, b in zip(times['bf16'], times[way])) for way in WAYS[1:]]
@@ -318,6 +335,8 @@ def main():
         c = XmodelConfig(n_layer, n_head, n_kv_head, n_embd, n_ffn, vocab_size, block_size)
         if fp8:
             compare_fp8(c, batch_size, where)
+            if where != 'cuda':
+                return
     except ValueError as e:
         fail(e)
     if 'granite' in variants and not importlib.util.find_spec('transformers'):
@@ -378,7 +397,7 @@ def main():
 
 
 if __name__ == '__main__':
-    if any(arg.partition('=')[0] == '--fp8' for arg in sys.argv):        # other defaults
+    if {'--fp8', '--fp8=True', '--fp8=true'} & set(sys.argv):              # other defaults
         shape = {key: value for key, value in vars(XmodelConfig()).items() if key in globals()}
         globals().update(shape, batch_size=4, block_size=3712, full_vocab_size=0,
                          variants='ours-compiled,fp8-compiled,dynamic-compiled')

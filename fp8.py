@@ -8,9 +8,9 @@ An H100 multiplies 8-bit floats twice as fast as bf16, and they take half the me
 Weights and activations need the finer steps, gradients, which spread over more powers of two, the
 wider range. A value beyond the largest saturates, one below half of the smallest becomes 0. bf16
 has the range of fp32 and needs no care; here every tensor is multiplied by a scale that brings its
-largest magnitude, amax, to the format's largest value before it is rounded. The GEMM's sums are
-fp32 and leave it multiplied by both reciprocals, which are constant in the sum: so one scale a
-tensor costs nothing. In the sum the errors of rounding average out.
+largest magnitude, amax, to the format's largest value before it is rounded. The GEMM's sums leave
+it multiplied by both reciprocals, which are constant in the sum: so one scale a tensor costs
+nothing. Errors of rounding are independent, so that a sum's is no larger than its terms' (4 %).
 
 Delayed scaling. A tensor's own amax is known only when all of it has been computed: to wait for it
 costs a pass over memory, while with a scale at hand the rounding fuses with what computes the
@@ -21,8 +21,9 @@ tensor. So the scale is taken from the amaxes of earlier steps,
 as by NVIDIA's Transformer Engine, with which Xmodel-2.5 was trained (arXiv 2511.19496); each layer
 has one for its input, weight and output's gradient. What outgrows history and margin saturates.
 
-FP8 is for the blocks' linears alone. Embedding and logits, norms, attention, residual stream, and
-all weights stay in bf16 or fp32: few FLOPs, or errors that would not average out.
+FP8 is for the blocks' linears alone, 69 % of the 1.3B model's FLOPs. In bf16 or fp32 stay attention
+and logits, for what feeds a softmax must be exact; embedding, norms, residual stream, for they are
+no GEMMs; and the weights, of which an update is a small part.
 
     python fp8.py         # relative errors of a linear's output and gradients on Gaussian data
 """
@@ -35,7 +36,7 @@ ROLES = 'input', 'weight', 'gradient'
 
 
 def quantise(x, scale, dtype):
-    """x · scale, rounded to the nearest FP8 value; beyond the largest it saturates, NaN stays."""
+    """x · scale, rounded to the nearest FP8 value; the largest for what is beyond, NaN for NaN."""
     top = torch.finfo(dtype).max
     return (x.float() * scale).clamp(-top, top).to(dtype)
 
@@ -67,8 +68,7 @@ def gemm_without_fp8_units(a: torch.Tensor, b: torch.Tensor, factor: torch.Tenso
                            dtype: torch.dtype) -> torch.Tensor:
     """The same by a matmul in dtype, in which FP8 values are exact: several times as fast as
     torch._scaled_mm without FP8 units. An opaque operator, as the factor must be a Python number
-    for the sums to be rounded once, after they are multiplied.
-    """
+    for the sums to be rounded once, after they are multiplied."""
     def decode(x):                         # there are 256 FP8 values; a cast takes 6 x as long
         values = torch.arange(256, dtype=torch.uint8, device=x.device).view(x.dtype).to(dtype)
         return values.index_select(0, x.view(torch.uint8).int().flatten()).view(x.shape)
@@ -86,7 +86,7 @@ def observe(x, dtype, margin, amax, scale, lost, own_amax, watched):
     """The scale by which to quantise x; notes x's amax and, if watched, how much of x is lost.
 
     amax, scale (scalars), lost (2,) belong to x's role in its layer. amax becomes the maximum over
-    the step's micro-batches, NaN above all; lost the shares that saturate and that become 0.
+    the step's micro-batches, NaN above all; lost this one's shares that saturate and that become 0.
     """
     info, size = torch.finfo(dtype), x.detach().abs().float()
     now = size.amax()
@@ -121,11 +121,11 @@ class Float8Matmul(torch.autograd.Function):
 
 
 class Float8Linear(nn.Linear):
-    """A linear without bias whose GEMMs are in FP8; convert_to_float8 makes nn.Linears into these.
+    """A linear without bias with GEMMs in FP8; convert_to_float8 makes nn.Linears into these.
 
     amax, scale (3,), lost (3, 2): of each of ROLES, see `observe`. own_amax: scale by the tensor's
     own amax, as there is no history; a Python flag, so that torch.compile makes a graph for either
-    case, and the usual one pays nothing for the other.
+    case, and the usual one pays nothing for the other. One forward pass, then its backward pass.
     """
     def forward(self, x):
         device = x.device.type
@@ -155,27 +155,28 @@ class DelayedScaling:
                                    for fmt in (E4M3, E4M3, layer.grad_format)]
                                   for layer in layers.values()], device=device)          # (n, 3)
 
-    @torch.no_grad()
-    def update(self):
-        """After each optimizer step: its amaxes enter the history, the next step has new scales.
-
-        A few operations and one collective, however many layers. What is not finite counts for
-        nothing, so that the last good scale stays in force.
-        """
-        amax, old = torch.stack(self.amaxes), torch.stack(self.scales)                   # (n, 3)
-        if dist.is_initialized():
-            amax = amax.nan_to_num(nan=torch.inf)                    # a maximum may drop NaN
-            dist.all_reduce(amax, dist.ReduceOp.MAX)
-        self.history[..., self.step % self.history.size(-1)] = amax.nan_to_num(0, 0)
-        torch._foreach_copy_(self.scales, scale_for(self.history.amax(-1), self.tops, old).unbind())
-        self.previous = old                                          # for report()
-        self.step += 1
+    def collect(self):
+        """After the backward passes of a step: its amaxes, (layers, roles), over all ranks."""
+        amax = torch.stack(self.amaxes)
         torch._foreach_zero_(self.amaxes)
-        self.use_history()
+        if dist.is_initialized():                                # one collective for all layers
+            amax = amax.nan_to_num(torch.inf, torch.inf)         # a maximum may drop NaN
+            dist.all_reduce(amax, dist.ReduceOp.MAX)
+        return amax
 
-    def use_history(self):
-        """Once every tensor has an amax in the history, own amaxes are needed no more."""
-        if self.own_amax and not self.dynamic and bool((self.history.amax(-1) > 0).all()):
+    def update(self, amax):
+        """After each optimizer step: its amaxes enter the history, the next step has new scales.
+        What is not finite counts for nothing, so that the last good scale stays in force."""
+        old = torch.stack(self.scales)                                                   # (n, 3)
+        self.history[..., self.step % self.history.size(-1)] = amax.nan_to_num(0, 0)
+        self.step, self.previous = self.step + 1, old
+        self.follow_history(old)
+
+    def follow_history(self, old):
+        """Scales by the history; once it has an amax of every tensor, own ones are not needed."""
+        most = self.history.amax(-1)                                                     # (n, 3)
+        torch._foreach_copy_(self.scales, scale_for(most, self.tops, old).unbind())
+        if self.own_amax and not self.dynamic and bool((most > 0).all()):
             self.own_amax = False
             for layer in self.layers.values():
                 layer.own_amax = False
@@ -185,32 +186,31 @@ class DelayedScaling:
 
     def load_state_dict(self, state):
         self.history.copy_(state['history'])
-        torch._foreach_copy_(self.scales, state['scale'].to(self.history.device).unbind())
         self.step = state['step']
-        self.use_history()
+        self.follow_history(state['scale'].to(self.history.device))
 
     def watch(self, on):
-        """Whether the next steps count what they lose; it takes a pass over each tensor."""
+        """Whether the next steps count what they lose, which takes a pass over each tensor."""
         for layer in self.layers.values():
             layer.watched = on
 
     def report(self):
         """Of a watched step: {role: (mean, largest) shares of layers, jump of a scale's log2}."""
         lost = torch.stack([layer.lost for layer in self.layers.values()])               # (n, 3, 2)
-        jumps = (torch.stack(self.scales) / self.previous).log2().abs().amax(0)          # (3,)
+        jumps = (torch.stack(self.scales) / self.previous).log2().abs().amax(0) * (self.step > 1)
         rows = zip(ROLES, lost.mean(0).tolist(), lost.amax(0).tolist(), jumps.tolist())
         return {role: {'saturated': (mean[0], most[0]), 'underflowed': (mean[1], most[1]),
                        'jump': jump} for role, mean, most, jump in rows}
 
-    def trace(self):
-        """Before update(): the first tensor of the step that was not finite, in words, or ''."""
-        amax, names = torch.stack(self.amaxes).tolist(), list(self.layers)
+    def trace(self, amax):
+        """The first tensor of a step with these amaxes that was not finite, in words, or ''."""
+        amax, names = amax.tolist(), list(self.layers)
         order = [(n, role) for n in range(len(amax)) for role in (1, 0)]     # forward, then back
         order += [(n, 2) for n in reversed(range(len(amax)))]
         for n, role in order:
             if not abs(amax[n][role]) < torch.inf:
                 last = self.history[n, role].roll(-self.step)[-4:].tolist()
-                return (f'{names[n]}: its {ROLES[role]} has amax {amax[n][role]}; before '
+                return (f'; {names[n]}: its {ROLES[role]} has amax {amax[n][role]}; before '
                         f'{", ".join(f"{x:.3g}" for x in last)}; scale {self.scales[n][role]:.3g}')
         return ''
 
@@ -220,7 +220,7 @@ def convert_to_float8(model, dynamic=False, history_len=128, margin=0, grad_form
 
     For a model on its device; weights and names stay. ValueError for sizes or a GPU without FP8.
     """
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+    if next(model.parameters()).is_cuda and torch.cuda.get_device_capability() < (8, 9):
         raise ValueError(f'fp8: {torch.cuda.get_device_name()} has no FP8 units, which begin with '
                          'compute capability 8.9: --fp8=False')
     layers = {f'blocks.{name}': module for name, module in model.blocks.named_modules()
@@ -246,5 +246,5 @@ if __name__ == '__main__':
             found += y, *torch.autograd.grad(y, (t, net.blocks[0].weight), grad)
         convert_to_float8(net)
     errors = [f'{(a - b).norm() / a.norm():.2%}' for a, b in zip(found, found[6:])]
-    print('relative errors of output, gradient of input, of weight:', *errors[:3])
-    print('with every hundredth column of the input 100 times as large:', *errors[3:])
+    print('relative errors of output, gradient of input, gradient of weight:', *errors[:3],
+          '\nwith every hundredth column of the input 100 times as large:', *errors[3:])

@@ -53,7 +53,7 @@ dtype = 'auto'                # 'auto' | 'bfloat16' | 'float32': of matmuls; wei
 compile = 'auto'              # 'auto' | True | False: torch.compile the blocks and the loss
 activation_checkpointing = False        # compute blocks again in the backward pass: less memory
 # --- FP8 matmuls in the blocks (see fp8.py) ---
-fp8 = False                   # False | True | 'dynamic': dynamic scales a tensor by its own amax
+fp8 = False                   # False | True | 'dynamic': delayed scaling, or by a tensor's own amax
 fp8_amax_history_len = 128    # steps whose largest amax decides a scale
 fp8_margin = 0                # powers of two left free above that amax
 fp8_format = 'hybrid'         # 'hybrid' | 'e4m3': hybrid has E5M2 for gradients
@@ -335,14 +335,14 @@ def main():
     net = DistributedDataParallel(model) if world > 1 else model
     bar = tqdm(total=total, initial=step, unit='step', disable=True if rank else None)
     ends = list(itertools.accumulate(phase['steps'] for phase in phases))
-    phase, skipped, speed = None, 0, []                          # speed: FLOP/s of steps
+    phase, compiled, skipped, speed = None, None, 0, []          # speed: FLOP/s of steps
     while step < total:
         if phase is not phase_at(step)[0]:                       # a phase begins, or this run does
             phase, first = phase_at(step)
             T, share = phase['block_size'], phase['batch'] // world
             rows = max(r for r in range(1, share + 1)            # in a micro-batch
                        if share % r == 0 and (r == 1 or r * T <= micro_batch_tokens))
-            drawn, note, new_shape = windows_before(phases, phase, seed), None, True
+            drawn, note = windows_before(phases, phase, seed), None
             if optimizers is None or kind != phase['optimizer']:
                 optimizers = make_optimizers(phase['optimizer'], model.param_groups(weight_decay),
                                              (beta1, beta2), momentum, muon_split)
@@ -364,9 +364,10 @@ def main():
         targets = torch.tensor(float(sum(int((y >= 0).sum()) for _, y in micro)), device=where)
         if world > 1:
             dist.all_reduce(targets)
-        if compiling and new_shape:
+        graph = rows, T, scaling and scaling.own_amax
+        if compiling and graph != compiled:
             say(model.try_compiled(*(t.to(where) for t in micro[0]), autocast))
-            new_shape = False
+            compiled = graph
             if scaling:
                 torch._foreach_zero_(scaling.amaxes)             # those of that trial
 
@@ -389,16 +390,17 @@ def main():
 
         lrs = dict(zip(('learning_rate', 'embedding_lr'), lr_at(step)))
         loss, grad_norm = loss.item(), grad_norm.item()
-        if math.isfinite(loss + grad_norm):
+        amax = scaling.collect() if scaling else torch.zeros(1)
+        if math.isfinite(loss + grad_norm) and amax.isfinite().all():
             step_all(optimizers, lrs)
             skipped = 0
+            if scaling:
+                scaling.update(amax)
         else:
             skipped += 1                                         # in a row
             say(f'step {step} is skipped: it has loss {loss}, gradient norm {grad_norm}'
-                + (f'; {scaling.trace()}' if scaling else ''))
+                + (scaling.trace(amax) if scaling else ''))
             model.zero_grad()
-        if scaling:
-            scaling.update()
         seconds = time.time() - began
 
         # --- log ---

@@ -112,11 +112,11 @@ def test_outliers_of_100_times_are_borne_and_reported():
     for found, right in zip(step(layer, x, grad), (x @ layer.weight.T, grad @ layer.weight,
                                                    grad.T @ x)):
         assert (found - right).norm() < 0.08 * right.norm()
-    scaling.update()
+    scaling.update(scaling.collect())
     assert scaling.report()['input']['saturated'] == (0, 0)
     step(layer, 100 * x, grad)                                   # no warning in the history
     assert scaling.report()['input']['saturated'][0] > 0.0005
-    scaling.update()
+    scaling.update(scaling.collect())
     assert scaling.report()['input']['jump'] == pytest.approx(math.log2(100))
     printed = subprocess.run([sys.executable, fp8.__file__], capture_output=True, text=True,
                              check=True).stdout
@@ -147,14 +147,14 @@ def test_a_steps_amax_changes_the_scales_from_the_next_step_on():
     layer, scaling = linear()
     x, grad = gaussian(32, 64), gaussian(32, 96, seed=2)
     step(layer, x, grad)
-    scaling.update()
+    scaling.update(scaling.collect())
     first = layer.scale.clone()
     assert first.tolist() == pytest.approx(
         [top / t.abs().max().item() for top, t in ((448, x), (448, layer.weight), (57344, grad))])
     step(layer, 3 * x, grad / 2)                                 # two micro-batches
     step(layer, 2 * x, 5 * grad)
     assert torch.equal(layer.scale, first)
-    scaling.update()
+    scaling.update(scaling.collect())
     assert layer.scale.tolist() == pytest.approx((first / torch.tensor([3, 1, 5])).tolist())
 
 
@@ -165,7 +165,7 @@ def test_an_outlier_is_forgotten_when_the_history_is_over(length):
     seen = []
     for i in range(length + 3):
         step(layer, 100 * x if i == 1 else x, grad)
-        scaling.update()
+        scaling.update(scaling.collect())
         seen.append(round((448 / x.abs().max() / layer.scale[0]).item(), 3))
     assert seen == [1] + [100] * length + [1] * 2
 
@@ -175,7 +175,7 @@ def test_the_margin_leaves_powers_of_two(margin):
     layer, scaling = linear(margin=margin)
     x = gaussian(32, 64)
     step(layer, x, gaussian(32, 96))
-    scaling.update()
+    scaling.update(scaling.collect())
     assert layer.scale[0] == pytest.approx((448 / x.abs().max() / 2**margin).item())
 
 
@@ -185,17 +185,17 @@ def test_the_last_good_scale_stays(bad, length):
     layer, scaling = linear(history_len=length)
     x, grad = gaussian(32, 64), gaussian(32, 96, seed=2)
     step(layer, x, grad)
-    scaling.update()
+    scaling.update(scaling.collect())
     good = layer.scale.clone()
     odd_x, odd_grad = x.clone(), grad.clone()
     if bad == 0:
         odd_x, odd_grad = x * 0, grad * 0
     odd_x[3, 3], odd_grad[3, 3] = bad, bad
     step(layer, odd_x, odd_grad)
-    scaling.update()
+    scaling.update(scaling.collect())
     assert torch.equal(layer.scale, good)
     step(layer, 2 * x, 2 * grad)                                 # and does not stay for ever
-    scaling.update()
+    scaling.update(scaling.collect())
     assert layer.scale.tolist() == pytest.approx((good / torch.tensor([2, 1, 2])).tolist())
 
 
@@ -213,7 +213,7 @@ def test_evaluation_leaves_no_trace():
         assert all(map(torch.equal, traces(scaling), before))
         step(layer, x, grad)
         assert not all(map(torch.equal, traces(scaling), before))
-        scaling.update()
+        scaling.update(scaling.collect())
 
 
 def small_model(**knobs):
@@ -231,7 +231,7 @@ def test_checkpointed_blocks_give_the_same_gradients_and_amaxes():
         for _ in range(3):
             model.zero_grad()
             model(x, y)[1].backward()
-            scaling.update()
+            scaling.update(scaling.collect())
         model(x, y)[1].backward()
         found.append(traces(scaling) + [p.grad for p in model.parameters()])
     assert all(map(torch.equal, *found))
@@ -250,7 +250,7 @@ def test_the_first_step_goes_by_its_own_amax_and_later_ones_do_not():
     x, grad = gaussian(32, 64) * 1000, gaussian(32, 96, seed=2)
     y, _, _ = step(layer, x, grad)
     assert (y - x @ layer.weight.T).norm() < 0.04 * y.norm() and layer.own_amax
-    scaling.update()
+    scaling.update(scaling.collect())
     assert not layer.own_amax
     y, _, _ = step(layer, 100 * x, grad)                         # saturates
     assert (y - 100 * x @ layer.weight.T).norm() > 0.5 * (100 * x @ layer.weight.T).norm()
@@ -259,7 +259,7 @@ def test_the_first_step_goes_by_its_own_amax_and_later_ones_do_not():
     for factor in (1, 100):
         y, _, _ = step(layer, factor * x, grad)
         assert (y - factor * x @ layer.weight.T).norm() < 0.04 * y.norm()
-        scaling.update()
+        scaling.update(scaling.collect())
 
 
 def test_monitors_count_what_is_lost():
@@ -267,7 +267,7 @@ def test_monitors_count_what_is_lost():
     scaling.watch(True)
     x, grad = gaussian(32, 64), gaussian(32, 96, seed=2)
     step(layer, x, grad)
-    scaling.update()
+    scaling.update(scaling.collect())
     odd_x, odd_grad = x * 0, grad * 0
     odd_x[:8], odd_grad[:3] = 2 * x.abs().max(), 1e-12
     step(layer, odd_x, odd_grad)
@@ -275,7 +275,7 @@ def test_monitors_count_what_is_lost():
     assert report['input']['saturated'] == (0.25, 0.25)
     assert report['gradient']['underflowed'] == pytest.approx((3 / 32, 3 / 32))
     assert report['input']['underflowed'] == report['gradient']['saturated'] == (0, 0)
-    scaling.update()
+    scaling.update(scaling.collect())
     jumps = [row['jump'] for row in scaling.report().values()]
     assert jumps == pytest.approx([1, 0, 0])                     # x has doubled
 
@@ -286,8 +286,9 @@ def test_monitors_count_what_is_lost():
 def test_a_nan_is_traced_to_where_it_began(role, name):
     model, scaling, x, y = small_model()
     model(x, y)[1].backward()
-    scaling.update()
-    assert scaling.trace() == ''
+    amax = scaling.collect()
+    scaling.update(amax)
+    assert scaling.trace(amax) == ''
     with torch.no_grad():
         if role == 'weight':
             model.blocks[0].ffn.down.weight[3, 3] = math.nan
@@ -296,7 +297,7 @@ def test_a_nan_is_traced_to_where_it_began(role, name):
     if role == 'gradient':
         model.norm.register_full_backward_pre_hook(lambda m, g: (g[0] * math.inf,))
     model(x, y)[1].backward()
-    assert scaling.trace().startswith(f'{name}: its {role} has amax ')
+    assert scaling.trace(scaling.collect()).startswith(f'; {name}: its {role} has amax ')
 
 
 def test_all_amaxes_go_in_one_collective(monkeypatch):
@@ -306,9 +307,13 @@ def test_all_amaxes_go_in_one_collective(monkeypatch):
     monkeypatch.setattr(dist, 'is_initialized', lambda: True)
     monkeypatch.setattr(dist, 'all_reduce', lambda t, op: calls.append((t.shape, op)) or t.mul_(3))
     before = torch.stack(scaling.amaxes)
-    scaling.update()
+    amax = scaling.collect()
+    scaling.update(amax)
     assert calls == [((8, 3), dist.ReduceOp.MAX)]
-    assert torch.equal(scaling.history[..., 0], 3 * before)      # the others' amaxes are larger
+    assert torch.equal(amax, 3 * before)                         # the others' amaxes are larger
+    for bad in (math.inf, math.nan):                             # on any rank, for all ranks
+        scaling.amaxes[2][1] = bad
+        assert scaling.collect()[2, 1] == math.inf
 
 
 # --- compiled, fake GPU ---
@@ -324,7 +329,7 @@ def test_a_compiled_block_equals_eager_and_has_no_graph_break():
             model.zero_grad()
             model(x, y)[1].backward()
             amaxes = torch.stack(scaling.amaxes)
-            scaling.update()
+            scaling.update(scaling.collect())
         found.append([amaxes, *(p.grad for p in model.parameters())])
     for a, b in zip(*found):
         assert (a - b).norm() < 0.02 * b.norm()                  # some values round the other way
@@ -364,7 +369,7 @@ def test_only_another_length_or_kind_of_step_compiles_again(monkeypatch):
         for watched in (False, True, False):                     # the first without history
             scaling.watch(watched)
             model.hidden(torch.arange(2 * T).view(2, T) % 96, *angles).sum().backward()
-            scaling.update()
+            scaling.update(scaling.collect())
         with torch.no_grad():
             model.hidden(torch.arange(2 * T).view(2, T) % 96, *angles)
     for T in (16, 32, 48):                                       # as a curriculum has lengths
@@ -393,7 +398,7 @@ def test_all_gemms_of_a_step_have_layouts_that_a_gpu_takes(monkeypatch):
     monkeypatch.setattr(fp8, 'gemm_without_fp8_units', checked)
     for _ in range(2):
         model(x, y)[1].backward()
-        scaling.update()
+        scaling.update(scaling.collect())
     assert len(shapes) == 2 * 2 * 4 * 3 and set(shapes[:3]) == {(64, 128), (64, 64), (64, 320)}
 
 
@@ -450,11 +455,53 @@ def test_two_ranks_have_the_scales_and_weights_of_one(tiny, tmp_path):
 
 def test_steps_that_are_not_finite_are_skipped_and_traced(tiny, tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / 'train.py'), *tiny, '--fp8=True',
-                           f'--learning_rate={2.0**60}', f'--out_dir={tmp_path / "run"}'],
+                           f'--learning_rate={2.0**120}', f'--out_dir={tmp_path / "run"}'],
                           capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.count('\n') == 1
     assert 'the fifth in a row that is not finite' in done.stderr
     assert re.search(r'step \d+ is skipped: it has loss .*; blocks.\d.\S+: its ', done.stdout)
+
+
+OVERFLOW = """
+import os, runpy, sys
+del sys.argv[0]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import torch, model
+real, steps = model.Xmodel.hidden, []
+def hidden(self, *args):
+    steps.append(torch.is_grad_enabled())
+    first, later = self.blocks[0].norm1.weight, self.blocks[1].norm2.weight
+    if steps[-1] and sum(steps) == 3:
+        first.data.mul_(1e6), later.data.mul_(torch.inf)
+        out = real(self, *args)
+        first.data.div_(1e6), later.data.fill_(1)
+        return out
+    return real(self, *args)
+model.Xmodel.hidden = hidden
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+def test_a_skipped_step_leaves_the_history_alone(tiny, tmp_path):
+    # in the third step the first block sees inputs a million times as large, the last one inf,
+    # which saturates, so that the loss is finite
+    (tmp_path / 'overflow.py').write_text(OVERFLOW)
+    out = fp8_run(tiny, tmp_path / 'run', launcher=[str(tmp_path / 'overflow.py')])
+    assert re.search(r'step 2 is skipped: .*; blocks.1.ffn.gate_up: its input has amax', out)
+    state = read_checkpoint(tmp_path / 'run')
+    assert state['step'] == 20 and state['fp8']['step'] == 19
+    assert state['fp8']['history'].max() < 1e4
+    assert all(p.isfinite().all() for p in state['model'].values())
+
+
+def test_scales_of_another_format_follow_from_the_same_history():
+    x, grad = gaussian(32, 64), gaussian(32, 96, seed=2)
+    (layer, hybrid), (other, e4m3) = linear(), linear(grad_format=E4M3, margin=1)
+    step(layer, x, grad)
+    hybrid.update(hybrid.collect())
+    e4m3.load_state_dict(hybrid.state_dict())
+    assert other.scale.tolist() == pytest.approx(
+        [448 / 2 / t.abs().max().item() for t in (x, layer.weight, grad)])
 
 
 @pytest.mark.parametrize('flag, says', [
