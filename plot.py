@@ -52,12 +52,19 @@ def save(figure, png, default):
 # --- runs of train.py ---
 
 def plot_loss(runs, png, default):
-    """Write the picture: loss over learning rate, against tokens; the first run's phases."""
+    """Write the picture: loss over learning rate, against tokens; the first run's phases.
+
+    Of several runs also the validation losses less those of the first, at its validations.
+    """
     plt = pyplot()
     logs = [read_log(run) for run in runs]
     most = max(log[-1]['tokens'] for log in logs)
-    figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(8, 5.5), layout='constrained',
-                                         height_ratios=(4, 1))
+    vals = [np.array([(e['tokens'], e['val_loss']) for e in log if 'val_loss' in e]).reshape(-1, 2)
+            for log in logs]
+    several = len(runs) > 1 and all(map(len, vals))
+    figure, (top, *middle, bottom) = plt.subplots(
+        2 + several, sharex=True, figsize=(8, 5.5 + 1.5 * several), layout='constrained',
+        height_ratios=(4, 2, 1) if several else (4, 1))
     for i, (run, log) in enumerate(zip(runs, logs)):
         x, loss, lr = (np.array([e[key] for e in log]) for key in ('tokens', 'loss', 'lr'))
         window = np.ones(len(x) // 120 * 2 + 1)                  # centred mean, shorter at the ends
@@ -66,6 +73,10 @@ def plot_loss(runs, png, default):
         top.plot(x, loss, color=colour, alpha=0.25, linewidth=0.6)
         top.plot(x, smooth, color=colour, label=f'{who}training')
         bottom.plot(x, lr, color=colour)
+        for axes in middle:
+            axes.plot(vals[0][:, 0], np.interp(vals[0][:, 0], *vals[i].T, np.nan, np.nan)
+                      - vals[0][:, 1], '.-', color=colour, linewidth=1)
+            axes.set_ylabel(f'validation\nless {Path(runs[0]).name}', fontsize='small')
         for k, name in enumerate(dict.fromkeys(n for e in log for n in e.get('val_losses', ()))):
             points = [(e['tokens'], e['val_losses'][name]) for e in log
                       if name in e.get('val_losses', ())]
@@ -75,7 +86,7 @@ def plot_loss(runs, png, default):
     left = 0
     for k, (name, entries) in enumerate(groupby(logs[0], key=lambda e: e['phase'])):
         right = [e['tokens'] for e in entries][-1]
-        for axes in (top, bottom):
+        for axes in (top, *middle, bottom):
             axes.axvspan(left, right, color='black', alpha=0.07 * (k % 2), linewidth=0)
         top.text((left + right) / 2, 1.01, name, transform=top.get_xaxis_transform(), ha='center',
                  rotation=90 if right - left < most / 16 else 0)

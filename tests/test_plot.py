@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import plot
@@ -12,13 +13,13 @@ from checkpoint import read_log
 STEP = {'step': 0, 'phase': 'stable', 'tokens': 100, 'loss': 5.0, 'lr': 0.01}
 
 
-def write_run(folder, n=200, **more):
+def write_run(folder, n=200, val=0.0, **more):
     folder.mkdir()
     phases = ['stable' if i < n // 2 else 'decay' for i in range(n)]
     lines = [{**STEP, 'phase': phases[i], 'tokens': 100 * (i + 1), 'loss': 9 - 0.04 * i, **more}
              for i in range(n)]
     for i, line in enumerate(lines[::20]):
-        line['val_losses'] = {'a': 9 - 0.8 * i, 'b': 3.0}
+        line['val_losses'], line['val_loss'] = {'a': 9 - 0.8 * i, 'b': 3.0}, 6 - 0.4 * i + val
     (folder / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     return folder
 
@@ -56,6 +57,17 @@ def figures(monkeypatch):
     monkeypatch.setattr(Figure, 'savefig', lambda figure, *args, **kwargs: (
         kept.append(figure), save(figure, *args, **kwargs)))
     return kept
+
+
+def test_validations_of_several_runs_less_those_of_the_first(tmp_path, figures):
+    runs = [write_run(tmp_path / 'one'), write_run(tmp_path / 'worse', val=0.25),
+            write_run(tmp_path / 'shorter', n=100)]
+    plot.plot_loss(runs, '', tmp_path / 'loss.png')
+    axes = figures[0].axes[1]
+    assert axes.get_ylabel() == 'validation\nless one'
+    one, worse, shorter = (line.get_ydata() for line in axes.get_lines())
+    assert list(one) == [0] * 10 and list(worse) == pytest.approx([0.25] * 10)
+    assert list(shorter[:5]) == [0] * 5 and np.isnan(shorter[5:]).all()
 
 
 def result(folder, name, told):
