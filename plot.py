@@ -94,7 +94,7 @@ def plot_loss(runs, png, default):
     # the first steps come down from 20 or so; to show them would flatten all the rest
     top.set(ylabel='loss (nats a token)',
             ylim=(None, max(e['loss'] for log in logs for e in log[len(log) // 25:])))
-    top.legend(fontsize='small')
+    top.legend(fontsize='small', ncols=1 + (len(runs) > 3))
     bottom.set(xlabel='tokens', ylabel='learning rate', xlim=(0, most * 1.01), ylim=(0, None))
     bottom.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter())
     save(figure, png, default)
