@@ -94,8 +94,8 @@ def observe(x, dtype, margin, amax, scale, lost, own_amax, watched):
         scale = scale_for(now, info.max / 2**margin, scale)
     amax.copy_(torch.maximum(amax, now))
     if watched:
-        zero = size * scale <= info.smallest_normal * info.eps / 2       # half the least subnormal
-        lost.copy_(torch.stack([size * scale > info.max, zero & (size > 0)]).float().mean((1, 2)))
+        zero = (size > 0) & (size * scale <= info.smallest_normal * info.eps / 2)   # half the least
+        lost.copy_(torch.stack([size * scale > 1.001 * info.max, zero]).float().mean((1, 2)))
     return scale
 
 
@@ -149,11 +149,11 @@ class DelayedScaling:
         self.layers, self.dynamic, self.own_amax, self.step = layers, dynamic, True, 0
         self.amaxes, self.scales = ([getattr(layer, key) for layer in layers.values()]
                                     for key in ('amax', 'scale'))
-        device = self.scales[0].device
-        self.history = torch.zeros(len(layers), 3, history_len, device=device)
+        self.history = torch.zeros(len(layers), 3, history_len, device=self.scales[0].device)
         self.tops = torch.tensor([[torch.finfo(fmt).max / 2**layer.margin
                                    for fmt in (E4M3, E4M3, layer.grad_format)]
-                                  for layer in layers.values()], device=device)          # (n, 3)
+                                  for layer in layers.values()]).to(self.history.device)  # (n, 3)
+        self.follow_history(torch.stack(self.scales))
 
     def collect(self):
         """After the backward passes of a step: its amaxes, (layers, roles), over all ranks."""
@@ -167,14 +167,13 @@ class DelayedScaling:
     def update(self, amax):
         """After each optimizer step: its amaxes enter the history, the next step has new scales.
         What is not finite counts for nothing, so that the last good scale stays in force."""
-        old = torch.stack(self.scales)                                                   # (n, 3)
         self.history[..., self.step % self.history.size(-1)] = amax.nan_to_num(0, 0)
-        self.step, self.previous = self.step + 1, old
-        self.follow_history(old)
+        self.step += 1
+        self.follow_history(torch.stack(self.scales))
 
     def follow_history(self, old):
         """Scales by the history; once it has an amax of every tensor, own ones are not needed."""
-        most = self.history.amax(-1)                                                     # (n, 3)
+        most, self.previous = self.history.amax(-1), old                                 # (n, 3)
         torch._foreach_copy_(self.scales, scale_for(most, self.tops, old).unbind())
         if self.own_amax and not self.dynamic and bool((most > 0).all()):
             self.own_amax = False

@@ -219,7 +219,8 @@ def model_config(knobs):
 def main():
     knobs = copy.deepcopy(knob_values(globals()))
     check_range(globals(), 1, 2**63, 'log_interval', 'eval_interval', 'eval_rows',
-                'checkpoint_interval', 'micro_batch_tokens', 'fp8_amax_history_len')
+                'checkpoint_interval', 'micro_batch_tokens')
+    check_range(globals(), 1, 2**16, 'fp8_amax_history_len')
     check_range(globals(), 0, 2**63, 'seed', 'steps_scale', 'learning_rate', 'embedding_lr',
                 'weight_decay', 'grad_clip', 'keep', 'reference_margin')
     check_range(globals(), -16, 17, 'fp8_margin')

@@ -428,9 +428,9 @@ def test_training_goes_on_bit_for_bit(tiny, tmp_path):
     whole, broken = tmp_path / 'whole', tmp_path / 'broken'
     fp8_run(tiny, whole)
     fp8_run(tiny, broken)
-    for file in checkpoints(broken)[1:]:
+    for file in checkpoints(broken)[2:]:
         file.unlink()
-    assert checkpoints(broken)[0].name == 'step_8.pt'            # the first phase's end
+    assert checkpoints(broken)[1].name == 'step_15.pt'           # 15 % 4: within a history
     fp8_run(tiny, broken, '--resume')
     a, b = (read_checkpoint(folder) for folder in (whole, broken))
     assert a['fp8']['step'] == 20 and a['fp8']['history'].shape == (8, 3, 4)
@@ -487,12 +487,28 @@ def test_a_skipped_step_leaves_the_history_alone(tiny, tmp_path):
     # in the third step the first block sees inputs a million times as large, the last one inf,
     # which saturates, so that the loss is finite
     (tmp_path / 'overflow.py').write_text(OVERFLOW)
-    out = fp8_run(tiny, tmp_path / 'run', launcher=[str(tmp_path / 'overflow.py')])
+    out = fp8_run(tiny, tmp_path / 'run', '--fp8_monitor=True', '--log_interval=1',
+                  launcher=[str(tmp_path / 'overflow.py')])
     assert re.search(r'step 2 is skipped: .*; blocks.1.ffn.gate_up: its input has amax', out)
     state = read_checkpoint(tmp_path / 'run')
     assert state['step'] == 20 and state['fp8']['step'] == 19
     assert state['fp8']['history'].max() < 1e4
     assert all(p.isfinite().all() for p in state['model'].values())
+
+
+def test_a_report_before_the_first_update():
+    _, scaling = linear()                                        # as if the first step is skipped
+    assert scaling.report()['input'] == {'saturated': (0, 0), 'underflowed': (0, 0), 'jump': 0}
+    scaling.load_state_dict({'history': scaling.history, 'scale': torch.ones(1, 3), 'step': 7})
+    assert scaling.report()['input']['jump'] == 0
+
+
+def test_nothing_saturates_by_its_own_amax():
+    layer, scaling = linear(dynamic=True)
+    scaling.watch(True)
+    for seed in range(100):
+        step(layer, gaussian(32, 64, seed=seed), gaussian(32, 96, seed=seed + 100))
+        assert all(row['saturated'] == (0, 0) for row in scaling.report().values())
 
 
 def test_scales_of_another_format_follow_from_the_same_history():
