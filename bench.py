@@ -173,6 +173,11 @@ def work_of_logits(c, B):
             ('loss', '', None, 0, (6 * M * V + 10 * weight,) * 3)]
 
 
+def work_of_a_step(c, B):
+    """The same of all blocks, logits and loss."""
+    return work_of_a_block(c, B) * c.n_layer + work_of_logits(c, B)
+
+
 def roofline(work, way):
     """Seconds of the work on an H100, each part taking the time of its FLOPs or of its bytes."""
     return sum(max(flops / (FP8_FLOPS if gemm and way != 'bf16' else BF16_FLOPS),
@@ -188,9 +193,6 @@ def print_roofline(c, B):
               + '{:9,.0f}{:8,.0f}{:8,.0f} {:9,.0f}{:8,.0f}{:8,.0f}'.format(*moved, *each)
               + f'{each[0] / each[1]:7.2f}{each[0] / each[2]:6.2f}')
 
-    def whole(c, B):
-        return work_of_a_block(c, B) * c.n_layer + work_of_logits(c, B)
-
     block = work_of_a_block(c, B)
     print(f'Forward and backward pass of {B} x {c.block_size} tokens on an H100, if every part '
           f'took the time of its FLOPs\n({BF16_FLOPS / 1e12:.0f} TFLOP/s in bf16, '
@@ -202,7 +204,7 @@ def print_roofline(c, B):
         row(f'{part[0]:13}{part[1]}', [part], ' x '.join(map(str, part[2] or ())))
     row('its four linears', [part for part in block if '.' in part[0]])
     row('block', block)
-    row(f'{c.n_layer} blocks, logits, loss', whole(c, B))
+    row(f'{c.n_layer} blocks, logits, loss', work_of_a_step(c, B))
 
     print('\nThe same count of others (in blocks of our kind, as large), and what they measured:\n')
     llama = XmodelConfig(32, 32, 8, 4096, 14_336, 128_256, 8192)
@@ -212,10 +214,10 @@ def print_roofline(c, B):
           if part[0] == 'ffn.gate_up']
     for who, measured, way, work in (
             ('Xmodel-2.5, by its paper', '30 %', 'delayed',
-             whole(replace(XmodelConfig(), block_size=3712), 4)),
-            ('Llama 3 8B, 1 x 8192 (torchao)', '25 %', 'dynamic', whole(llama, 1)),
-            ('26 layers, 32 x 2048 (nanochat)', '17 %', 'dynamic', whole(of_26, 32)),
-            ('12 layers, 32 x 2048 (nanochat)', 'slower', 'dynamic', whole(of_12, 32)),
+             work_of_a_step(replace(XmodelConfig(), block_size=3712), 4)),
+            ('Llama 3 8B, 1 x 8192 (torchao)', '25 %', 'dynamic', work_of_a_step(llama, 1)),
+            ('26 layers, 32 x 2048 (nanochat)', '17 %', 'dynamic', work_of_a_step(of_26, 32)),
+            ('12 layers, 32 x 2048 (nanochat)', 'slower', 'dynamic', work_of_a_step(of_12, 32)),
             ('a linear alone, 65536 x 1664 x 6656 (nanochat)', '18 %', 'dynamic', up)):
         gain = roofline(work, 'bf16') / roofline(work, way) - 1
         print(f'{who:48} {way}: estimated {gain:4.0%}, measured {measured}')
@@ -275,9 +277,11 @@ def time_linears(c, B, device, passes=20):
 
 
 def compare_fp8(c, B, device):
-    """--fp8: the estimate, memory and, on a GPU with FP8 units, each linear measured."""
+    """--fp8: the estimate, memory and, on a GPU with FP8 units, each linear measured -> figures."""
+    plain, eight = (kept_bytes(c, B, fp8) for fp8 in (False, True))      # refuses what cannot be
     print_roofline(c, B)
-    plain, eight = (kept_bytes(c, B, fp8) for fp8 in (False, True))
+    figures = {'estimated_s': {way: roofline(work_of_a_step(c, B), way) for way in WAYS},
+               'kept_bytes_a_block': {'bf16': plain, 'fp8': eight}}
     print(f'\nA block keeps for its backward pass {plain / 1e6:,.0f} MB in bf16, '
           f'{eight / 1e6:,.0f} MB with FP8, {1 - eight / plain:.0%} less; {c.n_layer} blocks '
           f'{plain * c.n_layer / 1e9:.1f} and {eight * c.n_layer / 1e9:.1f} GB,\n'
@@ -285,13 +289,16 @@ def compare_fp8(c, B, device):
           "and one block's. (Counted in eager mode on a CPU, with the bf16 copies\nof weights that "
           'FP8 does not need.)')
     if device != 'cuda':
-        return print('\nThere is no GPU here: nothing was measured. On one, this times each linear '
-                     'and the whole step.')
+        print('\nThere is no GPU here: nothing was measured. On one, this times each linear and '
+              'the whole step.')
+        return figures
+    figures['linears_s'] = time_linears(c, B, device)
     print('\nMeasured, forward and backward of a linear, medians of rounds taken in turn:')
-    for name, times in time_linears(c, B, device).items():
+    for name, times in figures['linears_s'].items():
         gains = [median(a / b for a, b in zip(times['bf16'], times[way])) for way in WAYS[1:]]
         print(f'{name:13}' + ''.join(f'{median(times[way]) * 1e6:9,.0f} us {way}' for way in WAYS)
               + '; gain {:.2f}, {:.2f}'.format(*gains))
+    return figures
 
 
 # --- the process that directs them ---
@@ -320,6 +327,13 @@ def gemm_flops(device, dtype):
     return best
 
 
+def save(figures):
+    """Write the knobs and these figures to the file `json`, if one is wanted."""
+    if json:
+        text = dumps({'knobs': knob_values(globals()), **figures}, indent=1)
+        replace_file(Path(json), lambda f: f.write(text.encode()))
+
+
 def main():
     names = list(dict.fromkeys(variants.split(',')))
     known = [f'{kind}-{mode}' for kind in ('ours', 'fp8', 'dynamic', 'granite')
@@ -330,13 +344,16 @@ def main():
     if not Path(json).absolute().parent.is_dir():
         fail(f'json={json}: there is no such folder')
     where = device if device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    if where == 'cuda' and not torch.cuda.is_available():
+        fail("device='cuda' cannot be used here: torch finds no GPU")
     how = 'bfloat16' if dtype == 'auto' and has_bf16(where) else dtype.replace('auto', 'float32')
+    told = {}
     try:
         c = XmodelConfig(n_layer, n_head, n_kv_head, n_embd, n_ffn, vocab_size, block_size)
         if fp8:
-            compare_fp8(c, batch_size, where)
+            told['fp8'] = compare_fp8(c, batch_size, where)
             if where != 'cuda':
-                return
+                return save(told)
     except ValueError as e:
         fail(e)
     if 'granite' in variants and not importlib.util.find_spec('transformers'):
@@ -391,9 +408,7 @@ def main():
                          'peak_mb': peaks[name]}
     for row in rows:
         print(f'{row[0]:17}' + ''.join(map('{:>{}}'.format, row[1:], (8, 20, 9, 17, 17))))
-    if json:
-        about = {'knobs': knob_values(globals()), 'gemm_flops': gemm, 'variants': figures}
-        replace_file(Path(json), lambda f: f.write(dumps(about, indent=1).encode()))
+    save(told | {'gemm_flops': gemm, 'variants': figures})
 
 
 if __name__ == '__main__':

@@ -82,7 +82,7 @@ def _(a, b, factor, dtype):
     return a.new_empty(a.size(0), b.size(1), dtype=dtype)
 
 
-def observe(x, dtype, margin, amax, scale, lost, own_amax, watched):
+def observe(x, dtype, margin, own_amax, watched, amax, scale, lost):
     """The scale by which to quantise x; notes x's amax and, if watched, how much of x is lost.
 
     amax, scale (scalars), lost (2,) belong to x's role in its layer. amax becomes the maximum over
@@ -112,9 +112,8 @@ class Float8Matmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):                                                 # (N, out)
         x8, weight, scales, amax, scale, lost = ctx.saved_tensors
-        fmt, margin, own_amax, watched = ctx.how
-        scale = observe(grad, fmt, margin, amax, scale, lost, own_amax, watched)
-        g8, w8 = quantise(grad, scale, fmt), quantise(weight, scales[1], E4M3)
+        scale = observe(grad, *ctx.how, amax, scale, lost)
+        g8, w8 = quantise(grad, scale, ctx.how[0]), quantise(weight, scales[1], E4M3)
         grad_x = gemm(g8, transposed(w8).mT, scale, scales[1], ctx.dtype)                # (N, in)
         grad_w = gemm(transposed(g8), transposed(x8).mT, scale, scales[0], ctx.dtype)    # (out, in)
         return (grad_x.to(ctx.x_dtype), grad_w.to(weight.dtype), *[None] * 6)
@@ -123,37 +122,38 @@ class Float8Matmul(torch.autograd.Function):
 class Float8Linear(nn.Linear):
     """A linear without bias with GEMMs in FP8; convert_to_float8 makes nn.Linears into these.
 
-    amax, scale (3,), lost (3, 2): of each of ROLES, see `observe`. own_amax: scale by the tensor's
-    own amax, as there is no history; a Python flag, so that torch.compile makes a graph for either
-    case, and the usual one pays nothing for the other. One forward pass, then its backward pass.
+    amax, scale (3,), lost (3, 2): of each of ROLES, see `observe`. The flags of `scaling`, which is
+    the model's, are Python's, so that torch.compile makes a graph for either value, and the usual
+    one pays nothing for the other. One forward pass, then its backward pass.
     """
     def forward(self, x):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        how = self.scaling.margin, self.scaling.own_amax, self.scaling.watched
         rows, state = x.reshape(-1, x.size(-1)), (self.amax, self.scale, self.lost)      # (N, in)
         if not torch.is_grad_enabled():              # evaluation and generation leave no trace;
             state = tuple(t.clone() for t in state)  # a checkpointed block, computed again from the
         with torch.no_grad():                        # same input, none that was not there before
-            scales = torch.stack([observe(t, E4M3, self.margin, *(s[role] for s in state),
-                                          self.own_amax, self.watched)
+            scales = torch.stack([observe(t, E4M3, *how, *(s[role] for s in state))
                                   for role, t in enumerate((rows, self.weight))])
-        how = self.grad_format, self.margin, self.own_amax, self.watched
-        y = Float8Matmul.apply(rows, self.weight, scales, *(s[2] for s in state), how, dtype)
+        y = Float8Matmul.apply(rows, self.weight, scales, *(s[2] for s in state),
+                               (self.scaling.grad_format, *how), dtype)
         return y.view(*x.shape[:-1], -1)                                     # (..., out)
 
 
 class DelayedScaling:
-    """The amaxes of layers, {name: Float8Linear}, and the scales that follow from them; dynamic:
-    every tensor has the scale of its own amax, at every step."""
-    def __init__(self, layers, dynamic, history_len):
-        self.layers, self.dynamic, self.own_amax, self.step = layers, dynamic, True, 0
-        self.amaxes, self.scales = ([getattr(layer, key) for layer in layers.values()]
-                                    for key in ('amax', 'scale'))
+    """The amaxes of layers, {name: Float8Linear}, and the scales that follow from them.
+
+    own_amax: tensors are scaled by their own amaxes, as one of them has no history yet; dynamic:
+    for ever. watched: steps count what they lose, which takes a pass over each tensor.
+    """
+    def __init__(self, layers, dynamic, history_len, margin, grad_format):
+        self.layers, self.dynamic, self.own_amax, self.watched = layers, dynamic, True, False
+        self.margin, self.grad_format, self.step = margin, grad_format, 0
+        self.amaxes, self.scales = zip(*((layer.amax, layer.scale) for layer in layers.values()))
         self.history = torch.zeros(len(layers), 3, history_len, device=self.scales[0].device)
-        self.tops = torch.tensor([[torch.finfo(fmt).max / 2**layer.margin
-                                   for fmt in (E4M3, E4M3, layer.grad_format)]
-                                  for layer in layers.values()]).to(self.history.device)  # (n, 3)
-        self.follow_history(torch.stack(self.scales))
+        self.tops = torch.tensor([torch.finfo(fmt).max / 2**margin
+                                  for fmt in (E4M3, E4M3, grad_format)]).to(self.history.device)
 
     def collect(self):
         """After the backward passes of a step: its amaxes, (layers, roles), over all ranks."""
@@ -172,32 +172,29 @@ class DelayedScaling:
         self.follow_history(torch.stack(self.scales))
 
     def follow_history(self, old):
-        """Scales by the history; once it has an amax of every tensor, own ones are not needed."""
-        most, self.previous = self.history.amax(-1), old                                 # (n, 3)
+        """Scales by the history, the old one where it has no amax."""
+        most = self.history.amax(-1)                                                     # (n, 3)
         torch._foreach_copy_(self.scales, scale_for(most, self.tops, old).unbind())
-        if self.own_amax and not self.dynamic and bool((most > 0).all()):
-            self.own_amax = False
-            for layer in self.layers.values():
-                layer.own_amax = False
+        self.own_amax = self.dynamic or (self.own_amax and not bool((most > 0).all()))
 
     def state_dict(self):
-        return {'history': self.history, 'scale': torch.stack(self.scales), 'step': self.step}
+        return {'history': self.history, 'scale': torch.stack(self.scales), 'step': self.step,
+                'own_amax': self.own_amax}
 
     def load_state_dict(self, state):
         self.history.copy_(state['history'])
-        self.step = state['step']
+        self.step, self.own_amax = state['step'], state['own_amax']
         self.follow_history(state['scale'].to(self.history.device))
 
     def watch(self, on):
-        """Whether the next steps count what they lose, which takes a pass over each tensor."""
-        for layer in self.layers.values():
-            layer.watched = on
+        """Before a step: whether it is watched, for a report."""
+        self.watched, self.before = on, torch.stack(self.scales)
 
     def report(self):
-        """Of a watched step: {role: (mean, largest) shares of layers, jump of a scale's log2}."""
+        """After a watched step: {role: (mean, largest) shares of layers, jump of scales' log2}."""
         lost = torch.stack([layer.lost for layer in self.layers.values()])               # (n, 3, 2)
-        jumps = (torch.stack(self.scales) / self.previous).log2().abs().amax(0) * (self.step > 1)
-        rows = zip(ROLES, lost.mean(0).tolist(), lost.amax(0).tolist(), jumps.tolist())
+        jumps = (torch.stack(self.scales) / self.before).log2().abs() * (self.before != 1)
+        rows = zip(ROLES, lost.mean(0).tolist(), lost.amax(0).tolist(), jumps.amax(0).tolist())
         return {role: {'saturated': (mean[0], most[0]), 'underflowed': (mean[1], most[1]),
                        'jump': jump} for role, mean, most, jump in rows}
 
@@ -219,9 +216,12 @@ def convert_to_float8(model, dynamic=False, history_len=128, margin=0, grad_form
 
     For a model on its device; weights and names stay. ValueError for sizes or a GPU without FP8.
     """
-    if next(model.parameters()).is_cuda and torch.cuda.get_device_capability() < (8, 9):
-        raise ValueError(f'fp8: {torch.cuda.get_device_name()} has no FP8 units, which begin with '
-                         'compute capability 8.9: --fp8=False')
+    device = next(model.parameters()).device
+    if device.type == 'mps':
+        raise ValueError('fp8: torch has no 8-bit floats on MPS: --device=cpu or --fp8=False')
+    if device.type == 'cuda' and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ValueError(f'fp8: {torch.cuda.get_device_name(device)} has no FP8 units, which '
+                         'compute capability 8.9 brings: --fp8=False')
     layers = {f'blocks.{name}': module for name, module in model.blocks.named_modules()
               if isinstance(module, nn.Linear)}
     for name, layer in layers.items():
@@ -229,11 +229,12 @@ def convert_to_float8(model, dynamic=False, history_len=128, margin=0, grad_form
             raise ValueError(f'fp8: {name} is {tuple(layer.weight.shape)}; FP8 GEMMs need '
                              'multiples of 16: change n_embd, n_ffn or n_kv_head')
         layer.__class__ = Float8Linear
-        layer.own_amax, layer.watched = True, False
-        layer.margin, layer.grad_format = margin, grad_format
-        zeros = torch.zeros(3, device=layer.weight.device)
+        zeros = torch.zeros(3, device=device)
         layer.amax, layer.scale, layer.lost = zeros, zeros + 1, torch.stack([zeros, zeros], dim=1)
-    return DelayedScaling(layers, dynamic, history_len)
+    scaling = DelayedScaling(layers, dynamic, history_len, margin, grad_format)
+    for layer in layers.values():
+        layer.scaling = scaling
+    return scaling
 
 
 if __name__ == '__main__':

@@ -216,7 +216,7 @@ def model_config(knobs):
     return XmodelConfig(**shape, block_size=max(phase['block_size'] for phase in knobs['phases']))
 
 
-def main():
+def main(defaults):
     knobs = copy.deepcopy(knob_values(globals()))
     check_range(globals(), 1, 2**63, 'log_interval', 'eval_interval', 'eval_rows',
                 'checkpoint_interval', 'micro_batch_tokens')
@@ -239,7 +239,9 @@ def main():
     try:
         if where == 'cuda' and world > 1:
             torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-        where = torch.zeros(1, device=where).device
+        zero = torch.zeros(1, device=where)
+        where = zero.device
+        zero.item()                                              # which 'meta' does not have
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         fail(f'device={device!r} cannot be used here: {str(e).splitlines()[0][:120]}')
     bf16 = has_bf16(where.type) if dtype == 'auto' else dtype == 'bfloat16'
@@ -255,6 +257,11 @@ def main():
     names = list(dict.fromkeys(name for phase in phases for name in phase['data']))
     try:
         config = model_config(globals())
+        if fp8:                                                  # before data are made
+            if odd := [phase['name'] for phase in phases if phase['block_size'] % 16]:
+                fail(f'fp8: block_size of phase {odd[0]!r} should be a multiple of 16')
+            with torch.device('meta'):
+                convert_to_float8(Xmodel(config))
         start = read_checkpoint(run if resuming else init_from) if resuming or init_from else None
         if rank == 0:
             prepare_missing(data_dir, names, sources, vocab_size)
@@ -278,7 +285,8 @@ def main():
         for line in changes(asdict(start['config']), asdict(config)):
             if not line.startswith(('block_size', 'muon_lr_scaling')):
                 fail(f'{start["path"]} holds another model than this config: {line}')
-        for line in changes(start['knobs'], knobs) if resuming else ():
+        # a knob that there was not then has its default
+        for line in changes(defaults | start['knobs'], knobs) if resuming else ():
             if line.split(':')[0].split('.')[0] not in FREE:
                 fail(f'--resume goes on with the same run, but {line}; for a changed one: '
                      f'--init_from={start["path"]} --out_dir=NEW')
@@ -294,16 +302,14 @@ def main():
     model.activation_checkpointing = activation_checkpointing
     scaling = None
     if fp8:
-        if odd := [phase['name'] for phase in phases if phase['block_size'] % 16]:
-            fail(f'fp8: block_size of phase {odd[0]!r} should be a multiple of 16')
         try:
             scaling = convert_to_float8(model, fp8 == 'dynamic', fp8_amax_history_len, fp8_margin,
                                         E4M3 if fp8_format == 'e4m3' else E5M2)
-            if start and start['fp8'] and step == start['step'] and fp8_amax_history_len == \
-                    start['knobs']['fp8_amax_history_len']:      # else a new history begins
-                scaling.load_state_dict(start['fp8'])
         except ValueError as e:
             fail(e)
+        if start and start['fp8'] and step == start['step'] and fp8_amax_history_len == \
+                start['knobs']['fp8_amax_history_len']:          # else a new history begins
+            scaling.load_state_dict(start['fp8'])
     if rank == 0:
         begin_folder(run, step if resuming else 0, {
             'knobs': knobs, 'first_step': step, 'argv': sys.argv, 'device': str(where),
@@ -354,7 +360,8 @@ def main():
                 elif kind:
                     note = f'optimizer {kind} -> {phase["optimizer"]}, with fresh state'
                     # a spike: ten losses (so not two of a new mixture) 4 deviations up
-                    watch = (step, statistics.fmean(recent) + 4 * statistics.pstdev(recent))
+                    if recent:
+                        watch = (step, statistics.fmean(recent) + 4 * statistics.pstdev(recent))
                 kind = phase['optimizer']
             say(f'step {step}: phase {phase["name"]}' + (f', {note}' if note else ''))
 
@@ -399,8 +406,9 @@ def main():
                 scaling.update(amax)
         else:
             skipped += 1                                         # in a row
-            say(f'step {step} is skipped: it has loss {loss}, gradient norm {grad_norm}'
-                + (scaling.trace(amax) if scaling else ''))
+            what = (f'it has loss {loss}, gradient norm {grad_norm}'
+                    + (scaling.trace(amax) if scaling else ''))
+            say(f'step {step} is skipped: {what}')
             model.zero_grad()
         seconds = time.time() - began
 
@@ -419,7 +427,9 @@ def main():
             entry['note'], note = note, None
         if scaling and fp8_monitor and step % log_interval == 0:
             entry['fp8'] = scaling.report()
-        if not skipped:
+        if skipped:
+            entry['skipped'] = True
+        else:
             recent = recent[-49:] + [loss]
         if 9 <= step - watch[0] < 50 and (mean := statistics.fmean(recent[-10:])) > watch[1]:
             say(f'step {step}: loss {mean:.3f} after the change of optimizer is above '
@@ -448,8 +458,8 @@ def main():
         if bar.disable and (step % log_interval == 0 or phase_ends):
             say(f'step {step}/{total} {news}')
         if skipped == 5:
-            sys.exit(f'train.py: step {step - 1} has loss {loss}, gradient norm {grad_norm}, the '
-                     'fifth in a row that is not finite; try a lower learning_rate')
+            sys.exit(1 if rank else f'train.py: step {step - 1} is the fifth in a row that is not '
+                     f'finite: {what}; try a lower learning_rate')
 
         # --- checkpoint ---
         if rank == 0 and (step % checkpoint_interval == 0 or phase_ends):
@@ -466,9 +476,10 @@ def main():
 
 
 if __name__ == '__main__':
+    defaults = knob_values(globals())
     configure(globals(), default='config/proxy20m.py')
     try:
-        main()
+        main(defaults)
     except OSError as e:                                         # disk full, folder not writable
         fail(f'{e.filename or out_dir}: {e.strerror}; what was saved before is whole')
     except KeyboardInterrupt:

@@ -1,10 +1,15 @@
 """What several tests share: a tiny curriculum, its data, and running a script as a user does."""
+import json
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 TINY = """
@@ -23,10 +28,35 @@ log_interval, eval_interval, eval_rows, checkpoint_interval = 1, 6, 8, 3
 """
 
 
-def run(script, *args, cwd=ROOT, stdin=None, **kwargs):
+# forks processes that have torch imported, which takes seconds, and have done nothing else
+SERVER = multiprocessing.get_context('forkserver')
+SERVER.set_forkserver_preload(['torch', 'numpy', 'tiktoken', 'tqdm'])
+
+
+def be(argv, cwd, files):
+    """Turn this process into `python *argv` with these files as stdin, stdout, stderr."""
+    for n, file in enumerate(files):
+        os.dup2(os.open(file, os.O_RDWR), n)
+    sys.stdin, sys.argv, sys.path[0] = os.fdopen(0), argv, str(ROOT)
+    os.chdir(cwd)
+    runpy.run_path(argv[0], run_name='__main__')
+
+
+def run(script, *args, cwd=ROOT, stdin='', preexec_fn=None):
     """The finished process of `python script args`; its output as text."""
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd,
-                          input=stdin, capture_output=True, text=True, check=False, **kwargs)
+    argv = [str(ROOT / script), *map(str, args)]
+    if preexec_fn:
+        return subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=False,
+                              cwd=cwd, preexec_fn=preexec_fn)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ('stdin', 'stdout', 'stderr')]
+        for file in files:
+            file.write_text(stdin if file.name == 'stdin' else '')
+        process = SERVER.Process(target=be, args=(argv, cwd, files))
+        process.start()
+        process.join()
+        return subprocess.CompletedProcess(argv, process.exitcode,
+                                           *(file.read_text() for file in files[1:]))
 
 
 def refused(process):
@@ -35,6 +65,23 @@ def refused(process):
     assert process.returncode == 2, process.stdout + process.stderr
     assert len(lines) == 1, process.stderr
     return lines[0]
+
+
+def log(folder):
+    """Lines of a run's log, without the one field that a clock decides."""
+    lines = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != 'tok_per_s'} for line in lines]
+
+
+def same(a, b):
+    """Whether two nested values are equal, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
 
 
 @pytest.fixture(scope='session')

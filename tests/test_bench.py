@@ -2,13 +2,11 @@
 import json
 import multiprocessing
 import statistics
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import run
 from test_model import granite as oracle
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,9 +24,8 @@ SMALL = ['--n_layer=1', '--n_head=2', '--n_embd=64', '--n_ffn=96', '--vocab_size
          '--full_vocab_size=0', '--batch_size=2', '--block_size=8', '--rounds=3']
 
 
-def run(*flags):
-    return subprocess.run([sys.executable, Path(bench.__file__), *SMALL, *flags], check=False,
-                          capture_output=True, text=True)
+def bench_run(*flags):
+    return run('bench.py', *SMALL, *flags)
 
 
 def test_granite_is_the_network_that_test_model_holds_against_ours():
@@ -50,7 +47,7 @@ def test_peak_memory_is_the_process_own():
 
 def test_run(tmp_path):
     pytest.importorskip('transformers')
-    done = run('--variants=ours-eager,granite-eager', f'--json={tmp_path / "bench.json"}')
+    done = bench_run('--variants=ours-eager,granite-eager', f'--json={tmp_path / "bench.json"}')
     assert (done.returncode, done.stderr) == (0, '')
     assert [line.split()[0] for line in done.stdout.splitlines()[-2:]] == \
         ['ours-eager', 'granite-eager']
@@ -63,7 +60,7 @@ def test_run(tmp_path):
 
 
 def test_fp8_variants_run():
-    done = run('--variants=fp8-eager,dynamic-eager', '--rounds=1')
+    done = bench_run('--variants=fp8-eager,dynamic-eager', '--rounds=1')
     assert (done.returncode, done.stderr) == (0, '')
     assert [line.split()[0] for line in done.stdout.splitlines()[-2:]] == \
         ['fp8-eager', 'dynamic-eager']
@@ -116,24 +113,38 @@ def test_linears_are_timed(monkeypatch):
     assert all([len(times[way]) for way in bench.WAYS] == [2, 2, 2] for times in found.values())
 
 
-def test_without_a_gpu_fp8_prints_the_estimate_and_says_so():
-    done = subprocess.run([sys.executable, bench.__file__, '--fp8', '--device=cpu'], check=False,
-                          capture_output=True, text=True)
+def test_without_a_gpu_fp8_prints_the_estimate_and_says_so(tmp_path):
+    done = run('bench.py', '--fp8', '--device=cpu', f'--json={tmp_path / "fp8.json"}')
     assert (done.returncode, done.stderr) == (0, '')
     assert '14848 x 1536 x 7680' in done.stdout and 'There is no GPU here' in done.stdout
     assert max(map(len, done.stdout.splitlines())) < 150
+    told = json.loads((tmp_path / 'fp8.json').read_text())
+    seconds = told['fp8']['estimated_s']
+    gain = f'{seconds["bf16"] / seconds["delayed"]:.2f}'
+    assert told['knobs']['n_embd'] == 1536 and f'{gain} ' in done.stdout.split('48 blocks')[1]
+    assert seconds['bf16'] > seconds['dynamic'] > seconds['delayed']
 
 
 @pytest.mark.parametrize('flag, says', [
     ('--variants=ours-eager,theirs', "variants: 'theirs' should be one of ours-eager"),
     ('--rounds=0', 'rounds=0 should be at least 1'),
     ('--n_head=3', 'n_head=3 does not divide n_embd=64'),
+    ('--fp8 --n_kv_head=1 --n_ffn=72', 'fp8: blocks.0.ffn.down is (64, 72)'),
     ('--json=no/such/bench.json', 'json=no/such/bench.json: there is no such folder'),
 ])
 def test_a_mistake_gets_one_line(flag, says):
-    done = run(flag)
+    done = bench_run(*flag.split())
     assert done.returncode == 2 and done.stdout == ''
     assert done.stderr.startswith(f'bench.py: {says}') and done.stderr.count('\n') == 1
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(bench, 'device', 'cuda')
+    with pytest.raises(SystemExit):
+        bench.main()
+    told = capsys.readouterr()
+    assert "device='cuda' cannot be used here: torch finds no GPU" in told.err and told.out == ''
 
 
 def test_a_worker_that_dies_ends_the_run_in_one_line(capsys):

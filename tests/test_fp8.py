@@ -3,18 +3,20 @@ import functools
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, refused, run
+from conftest import ROOT, log, refused, run, same
 from torch import distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fp8
+import train
 from checkpoint import checkpoints, read_checkpoint
 from fp8 import E4M3, E5M2, convert_to_float8
 from model import Xmodel, XmodelConfig, rope_angles
@@ -116,6 +118,7 @@ def test_outliers_of_100_times_are_borne_and_reported():
     assert scaling.report()['input']['saturated'] == (0, 0)
     step(layer, 100 * x, grad)                                   # no warning in the history
     assert scaling.report()['input']['saturated'][0] > 0.0005
+    scaling.watch(True)
     scaling.update(scaling.collect())
     assert scaling.report()['input']['jump'] == pytest.approx(math.log2(100))
     printed = subprocess.run([sys.executable, fp8.__file__], capture_output=True, text=True,
@@ -249,9 +252,9 @@ def test_the_first_step_goes_by_its_own_amax_and_later_ones_do_not():
     layer, scaling = linear()
     x, grad = gaussian(32, 64) * 1000, gaussian(32, 96, seed=2)
     y, _, _ = step(layer, x, grad)
-    assert (y - x @ layer.weight.T).norm() < 0.04 * y.norm() and layer.own_amax
+    assert (y - x @ layer.weight.T).norm() < 0.04 * y.norm() and scaling.own_amax
     scaling.update(scaling.collect())
-    assert not layer.own_amax
+    assert not scaling.own_amax
     y, _, _ = step(layer, 100 * x, grad)                         # saturates
     assert (y - 100 * x @ layer.weight.T).norm() > 0.5 * (100 * x @ layer.weight.T).norm()
     assert y.isfinite().all()
@@ -270,6 +273,7 @@ def test_monitors_count_what_is_lost():
     scaling.update(scaling.collect())
     odd_x, odd_grad = x * 0, grad * 0
     odd_x[:8], odd_grad[:3] = 2 * x.abs().max(), 1e-12
+    scaling.watch(True)
     step(layer, odd_x, odd_grad)
     report = scaling.report()
     assert report['input']['saturated'] == (0.25, 0.25)
@@ -278,6 +282,68 @@ def test_monitors_count_what_is_lost():
     scaling.update(scaling.collect())
     jumps = [row['jump'] for row in scaling.report().values()]
     assert jumps == pytest.approx([1, 0, 0])                     # x has doubled
+    scaling.watch(True)
+    step(layer, odd_x, odd_grad)                                 # a skipped step: no update
+    assert [row['jump'] for row in scaling.report().values()] == [0, 0, 0]
+
+
+@pytest.mark.parametrize('role, largest, least', [('input', 448, 2**-9),
+                                                  ('gradient', 57344, 2**-16)])
+def test_what_rounds_to_0_is_counted_and_nothing_else(role, largest, least):
+    layer, scaling = linear()
+    scaling.watch(True)
+    row = torch.zeros(64 if role == 'input' else 96)
+    row[:6] = torch.tensor([largest, least, 0.51 * least, 0.5 * least, 0.1 * least, -0.1 * least])
+    x, grad = (row, gaussian(96)) if role == 'input' else (gaussian(64), row)
+    step(layer, x.expand(16, -1), grad.expand(16, -1))
+    rounded_to_0 = (rounded(row, torch.tensor(1.0), E4M3 if role == 'input' else E5M2) == 0)
+    assert (rounded_to_0 & (row != 0)).sum() == 3
+    assert scaling.report()[role]['underflowed'][0] == pytest.approx(3 / len(row))
+
+
+def test_scales_that_would_be_infinite_are_not_taken():
+    layer, scaling = linear()
+    x, grad = gaussian(32, 64), gaussian(32, 96, seed=2)
+    for own_amax in (True, False):
+        assert scaling.own_amax == own_amax
+        y, _, _ = step(layer, x * 0 + 1e-40, grad)               # 448 / 1e-40 is beyond fp32
+        assert y.isfinite().all()
+        scaling.update(scaling.collect())
+        assert layer.scale[0] == 1 and layer.scale.isfinite().all()
+
+
+def test_own_amaxes_are_in_force_until_every_tensor_has_a_history():
+    layer, scaling = linear(margin=2)
+    x, grad = gaussian(32, 64), gaussian(32, 96, seed=2)
+    step(layer, x, 0 * grad)
+    scaling.update(scaling.collect())
+    assert scaling.own_amax                                      # as there was no gradient
+    quantised = []
+    original = fp8.quantise
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fp8, 'quantise', lambda x, scale, dtype: quantised.append(scale)
+                      or original(x, scale, dtype))
+        step(layer, 5 * x, grad)
+    tops = 448 / 4, 448 / 4, 57344 / 4, 448 / 4                  # the weight's again, backward
+    assert torch.stack(quantised).tolist() == pytest.approx(
+        [top / t.abs().max().item() for top, t in zip(tops, (5 * x, layer.weight, grad,
+                                                             layer.weight))])
+    scaling.update(scaling.collect())
+    assert not scaling.own_amax
+
+
+def test_a_stored_state_is_the_whole_state():
+    x, grad = gaussian(32, 64), gaussian(32, 96, seed=2)
+    layer, scaling = linear(history_len=1)
+    for g in (grad, 0 * grad):                                   # the gradient's scale is kept,
+        step(layer, x, g)                                        # though its history is empty again
+        scaling.update(scaling.collect())
+    other, loaded = linear(history_len=1)
+    loaded.load_state_dict(scaling.state_dict())
+    assert not scaling.own_amax and not loaded.own_amax
+    assert torch.equal(other.scale, layer.scale) and layer.scale[2] == 57344 / grad.abs().max()
+    for a, b in zip(step(layer, 3 * x, grad), step(other, 3 * x, grad)):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize('role, name', [
@@ -298,6 +364,17 @@ def test_a_nan_is_traced_to_where_it_began(role, name):
         model.norm.register_full_backward_pre_hook(lambda m, g: (g[0] * math.inf,))
     model(x, y)[1].backward()
     assert scaling.trace(scaling.collect()).startswith(f'; {name}: its {role} has amax ')
+
+
+def test_a_trace_tells_the_last_amaxes_in_order():
+    layer, scaling = linear(history_len=5)
+    x, grad = torch.ones(16, 64), gaussian(16, 96)
+    for i in range(1, 8):
+        step(layer, i * x, grad)
+        scaling.update(scaling.collect())
+    step(layer, math.nan * x, grad)
+    assert scaling.trace(scaling.collect()) == \
+        '; blocks.0: its input has amax nan; before 4, 5, 6, 7; scale 64'
 
 
 def test_all_amaxes_go_in_one_collective(monkeypatch):
@@ -455,52 +532,131 @@ def test_two_ranks_have_the_scales_and_weights_of_one(tiny, tmp_path):
 
 
 def test_five_steps_in_a_row_that_are_not_finite_end_the_run(tiny, tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / 'train.py'), *tiny, '--fp8=True',
-                           f'--learning_rate={2.0**60}', f'--out_dir={tmp_path / "run"}'],
-                          capture_output=True, text=True, check=False)
+    done = run('train.py', *tiny, '--fp8=True', f'--learning_rate={2.0**60}',
+               f'--out_dir={tmp_path / "run"}')
     assert done.returncode == 1 and done.stderr.count('\n') == 1
-    assert 'the fifth in a row that is not finite' in done.stderr
+    assert 'step 6 is the fifth in a row that is not finite: it has loss' in done.stderr
     assert len(re.findall(r'step \d+ is skipped: it has loss .*, gradient norm', done.stdout)) == 5
 
 
-OVERFLOW = """
-import os, runpy, sys
-del sys.argv[0]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-import torch, model
-real, steps = model.Xmodel.hidden, []
-def hidden(self, *args):
-    steps.append(torch.is_grad_enabled())
-    first, later = self.blocks[0].norm1.weight, self.blocks[1].norm2.weight
-    if steps[-1] and sum(steps) == 3:
+def train_here(monkeypatch, *args):
+    """train.py in this process -> what happened at each step: seen[i], see `hidden`."""
+    bad, seen = [], []
+
+    def hidden(self, *args, real=Xmodel.hidden):
+        """In a bad step the first block sees inputs a million times as large, the last one inf,
+        which saturates, so that the loss stays finite."""
+        if not torch.is_grad_enabled():
+            return real(self, *args)
+        scaling = self.blocks[0].attn.qkv.scaling
+        seen.append({'watched': scaling.watched, 'own_amax': scaling.own_amax,
+                     'checkpointing': self.activation_checkpointing,
+                     'gradients': any(p.grad is not None for p in self.parameters())})
+        if len(seen) - 1 not in bad:
+            return real(self, *args)
+        first, later = self.blocks[0].norm1.weight, self.blocks[1].norm2.weight
         first.data.mul_(1e6), later.data.mul_(torch.inf)
         out = real(self, *args)
         first.data.div_(1e6), later.data.fill_(1)
         return out
-    return real(self, *args)
-model.Xmodel.hidden = hidden
-runpy.run_path(sys.argv[0], run_name='__main__')
-"""
+
+    def try_compiled(self, x, y, autocast):
+        """Leaves amaxes, as a trial does."""
+        torch._foreach_add_(self.blocks[0].attn.qkv.scaling.amaxes, 1e9)
+        return f'trial of {len(x)} x {x.size(1)} after step {len(seen)}'
+    with monkeypatch.context() as patch:
+        patch.setattr(Xmodel, 'hidden', hidden)
+        patch.setattr(Xmodel, 'try_compiled', try_compiled)
+        bad += [int(n) for arg in args if arg.startswith('bad=') for n in arg[4:].split(',')]
+        patch.setattr(sys, 'argv', ['train.py', *(a for a in args if not a.startswith('bad='))])
+        runpy.run_path(str(ROOT / 'train.py'), run_name='__main__')
+    return seen
 
 
-def test_a_skipped_step_leaves_the_history_alone(tiny, tmp_path):
-    # in the third step the first block sees inputs a million times as large, the last one inf,
-    # which saturates, so that the loss is finite
-    (tmp_path / 'overflow.py').write_text(OVERFLOW)
-    out = fp8_run(tiny, tmp_path / 'run', '--fp8_monitor=True', '--log_interval=1',
-                  launcher=[str(tmp_path / 'overflow.py')])
-    assert re.search(r'step 2 is skipped: .*; blocks.1.ffn.gate_up: its input has amax', out)
-    state = read_checkpoint(tmp_path / 'run')
-    assert state['step'] == 20 and state['fp8']['step'] == 19
+@pytest.mark.parametrize('flags, tops', [
+    (['--fp8=True', '--fp8_margin=1', '--fp8_format=e4m3'], (224, 224, 224)),
+    (['--fp8=dynamic'], (448, 448, 57344))])
+def test_the_knobs_mean_what_they_say(tiny, tmp_path, monkeypatch, flags, tops):
+    seen = train_here(monkeypatch, *tiny, *flags, '--fp8_amax_history_len=5',
+                      f'--out_dir={tmp_path}/run')
+    state = read_checkpoint(tmp_path / 'run')['fp8']
+    assert state['history'].shape == (8, 3, 5)
+    for row in (state['history'].amax(-1) * state['scale']).tolist():
+        assert row == pytest.approx(tops)
+    assert not any(s['watched'] or s['checkpointing'] for s in seen)
+    assert [s['own_amax'] for s in seen] == [True] + 19 * ['--fp8=dynamic' in flags]
+
+
+def test_another_history_or_step_begins_anew(tiny, tmp_path, monkeypatch):
+    run_dir, knobs = tmp_path / 'run', [*tiny, '--fp8=True', '--phases.long.steps=0']
+    train_here(monkeypatch, *knobs, f'--out_dir={run_dir}')
+    for name, flags, steps, anew in (('longer', ['--fp8_amax_history_len=200'], 8, True),
+                                     ('earlier', ['--init_step=10'], 6, True),
+                                     ('same', [], 16, False)):
+        seen = train_here(monkeypatch, *knobs, *flags, f'--init_from={run_dir}/step_8.pt',
+                          f'--out_dir={tmp_path / name}')
+        assert read_checkpoint(tmp_path / name)['fp8']['step'] == steps
+        assert seen[0]['own_amax'] == anew
+    assert same(*(read_checkpoint(folder)['fp8'] for folder in (run_dir, tmp_path / 'same')))
+
+
+def test_knobs_that_decide_what_is_learned_are_fixed_on_resume():
+    knobs = {name for name in vars(train) if name.startswith('fp8')}
+    assert knobs & train.FREE == {'fp8_monitor'} and len(knobs) == 5
+
+
+def test_monitoring_changes_nothing_and_watches_logged_steps_alone(tiny, tmp_path, monkeypatch):
+    knobs = [*tiny, '--fp8=True', '--log_interval=5']
+    for name, flags in (('plain', []), ('watched', ['--fp8_monitor=True', '--compile=True',
+                                                    '--activation_checkpointing=True'])):
+        seen = train_here(monkeypatch, *knobs, *flags, f'--out_dir={tmp_path / name}')
+    assert [s['watched'] for s in seen] == 4 * [True, False, False, False, False]
+    assert all(s['checkpointing'] for s in seen)
+    plain, watched = (read_checkpoint(tmp_path / name) for name in ('plain', 'watched'))
+    for key in ('model', 'fp8', 'optimizer_states', 'recent'):   # nor did the trials leave a trace
+        assert same(plain[key], watched[key]), key
+    reports = {line['step']: line['fp8'] for line in log(tmp_path / 'watched') if 'fp8' in line}
+    assert list(reports) == [0, 5, 10, 15] and list(reports[5]) == list(fp8.ROLES)
+    assert reports[0]['input']['jump'] == 0 and reports[10]['input']['jump'] > 0
+    assert not any('fp8' in line for line in log(tmp_path / 'plain'))
+
+
+def test_each_kind_of_step_has_its_trial_compile(tiny, tmp_path, monkeypatch, capsys):
+    train_here(monkeypatch, *tiny, '--fp8=True', '--compile=True', f'--out_dir={tmp_path}/run')
+    assert re.findall('trial of .*', capsys.readouterr().out) == [
+        'trial of 4 x 64 after step 0', 'trial of 4 x 64 after step 1',      # with a history
+        'trial of 8 x 64 after step 8', 'trial of 4 x 128 after step 16']
+
+
+def test_a_skipped_step_leaves_no_trace(tiny, tmp_path, monkeypatch, capsys):
+    bad = [2, 3, 4, 5, 7, 8]                                     # never five in a row
+    seen = train_here(monkeypatch, *tiny, '--fp8=True', '--fp8_monitor=True', '--log_interval=4',
+                      f'--out_dir={tmp_path}/run', f'bad={",".join(map(str, bad))}')
+    told = capsys.readouterr().out
+    assert re.search(r'step 2 is skipped: .*; blocks.1.ffn.gate_up: its input has amax', told)
+    lines, state = log(tmp_path / 'run'), read_checkpoint(tmp_path / 'run')
+    assert [line['step'] for line in lines if line.get('skipped')] == bad
+    assert not any(s['gradients'] for s in seen)
+    assert [row['jump'] for n in (4, 8) for row in lines[n]['fp8'].values()] == 6 * [0]
+    good = [line['loss'] for line in lines if 'skipped' not in line]
+    assert state['recent'] == good and len(good) == 14
+    assert state['step'] == 20 and state['fp8']['step'] == 14
     assert state['fp8']['history'].max() < 1e4
     assert all(p.isfinite().all() for p in state['model'].values())
 
 
-def test_a_report_before_the_first_update():
-    _, scaling = linear()                                        # as if the first step is skipped
-    assert scaling.report()['input'] == {'saturated': (0, 0), 'underflowed': (0, 0), 'jump': 0}
-    scaling.load_state_dict({'history': scaling.history, 'scale': torch.ones(1, 3), 'step': 7})
-    assert scaling.report()['input']['jump'] == 0
+def test_the_line_after_five_skipped_steps_names_the_tensor(tiny, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match='train.py: step 7 is the fifth .*; blocks.1.ffn.gate_up: '
+                                         'its input has amax inf.*; try a lower learning_rate'):
+        train_here(monkeypatch, *tiny, '--fp8=True', f'--out_dir={tmp_path}/run', 'bad=3,4,5,6,7')
+    assert log(tmp_path / 'run')[-1]['skipped']
+
+
+def test_a_phase_of_skipped_steps_alone_is_survived(tiny, tmp_path, monkeypatch):
+    train_here(monkeypatch, *tiny, '--fp8=True', '--phases.stable.steps=4',
+               '--phases.decay.steps=3', '--phases.long.steps=0', f'--out_dir={tmp_path}/run',
+               'bad=0,1,2,3')
+    assert read_checkpoint(tmp_path / 'run')['fp8']['step'] == 3
 
 
 def test_nothing_saturates_by_its_own_amax():

@@ -11,27 +11,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, refused, run
+from conftest import ROOT, log, refused, run, same
 
 import train
 from checkpoint import checkpoints, load_model, read_checkpoint
-
-
-def log(folder):
-    """Lines of a run's log, without the one field that a clock decides."""
-    lines = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != 'tok_per_s'} for line in lines]
-
-
-def same(a, b):
-    """Whether two nested values are equal, tensors bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def test_the_log_and_the_checkpoints_of_a_run(tiny_run):
@@ -89,6 +72,18 @@ def test_resume_refuses_another_run_and_tells_of_harmless_changes(tiny_run, tiny
     assert (folder / 'log.jsonl').read_text() == before
     done = run('train.py', *tiny, f'--out_dir={folder}', '--resume=True', '--keep=1')
     assert done.returncode == 0 and 'resume: keep: 2 -> 1' in done.stdout
+    assert log(folder) == log(tiny_run)
+
+
+def test_a_checkpoint_of_before_a_knob_resumes_with_the_knobs_default(tiny_run, tiny, tmp_path):
+    folder = shutil.copytree(tiny_run, tmp_path / 'run')
+    (folder / 'step_20.pt').unlink()
+    state = torch.load(folder / 'step_18.pt', weights_only=True)
+    del state['knobs']['muon_split'], state['knobs']['grad_clip']
+    torch.save(state, folder / 'step_18.pt')
+    line = refused(run('train.py', *tiny, f'--out_dir={folder}', '--resume', '--grad_clip=2'))
+    assert 'grad_clip: 1.0 -> 2.0' in line
+    assert run('train.py', *tiny, f'--out_dir={folder}', '--resume').returncode == 0
     assert log(folder) == log(tiny_run)
 
 
@@ -262,6 +257,7 @@ WRONG = {   # name: (script, arguments from (tmp_path, tiny_run, data_dir), what
     'heads': ('train.py', lambda t, r, d: ['--n_head=3'], 'n_head=3 does not divide n_embd=32'),
     'kv heads': ('train.py', lambda t, r, d: ['--n_kv_head=3'], 'n_kv_head=3'),
     'device': ('train.py', lambda t, r, d: ['--device=abacus'], 'abacus'),
+    'device without data': ('train.py', lambda t, r, d: ['--device=meta'], "device='meta'"),
     'no such device': ('train.py', lambda t, r, d: ['--device=cuda:99'], 'cuda:99'),
     'a run is there': ('train.py', lambda t, r, d: [f'--out_dir={r}'], '--resume'),
     'foreign checkpoint': ('train.py', lambda t, r, d:
