@@ -19,10 +19,11 @@ import torch
 
 from configurator import fail
 from model import Xmodel, XmodelConfig
+from tokenizer import EOS_ID
 
 # what a file of bare weights, {'config': ..., 'model': ...}, is taken to hold besides
 BARE = {'knobs': {}, 'step': 0, 'tokens': 0, 'recent': [], 'watch': (-50, 0.0),
-        'optimizer': None, 'optimizer_states': [], 'fp8': None}
+        'optimizer': None, 'optimizer_states': [], 'fp8': None, 'eos_id': EOS_ID}
 
 
 def replace_file(path, write):
@@ -62,7 +63,8 @@ def read_checkpoint(path):
     if not os.path.exists(path):
         raise ValueError(f'{path} does not exist; a checkpoint is a file out/RUN/step_N.pt')
     try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        # mapped, so that the moments of the optimizer are read only where they are wanted
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
         config = XmodelConfig(**checkpoint['config'])
         checkpoint = BARE | checkpoint | {'config': config, 'path': str(path)}
         with torch.device('meta'):

@@ -132,11 +132,11 @@ def run_config(file, values):
     return space, assigned(tree)
 
 
-def configure(knobs, argv=None, default=None, positional=None):
+def configure(knobs, argv=None, default=None, positional=()):
     """Override the knobs among a script's globals() in place: first by config files, then by flags.
 
-    default: the config file, beside the script, where none is given. positional: the knob that an
-    argument sets which is neither flag nor .py. A mistake ends the program in one line.
+    default: the config file, beside the script, where none is given. positional: the knobs that
+    arguments set, in turn, which are neither flag nor .py. A mistake ends the program in one line.
     """
     argv, script = sys.argv[1:] if argv is None else argv, knobs['__file__']
     choices, shown = read_knobs(knobs)
@@ -157,7 +157,8 @@ def configure(knobs, argv=None, default=None, positional=None):
                     raise ValueError(f"{unknown(key, values)}; a helper's name begins with _")
         for at in (a for a in argv if a not in files):
             if positional and at[:1] != '-':
-                values[positional], positional = convert(at, values[positional]), None
+                name, *positional = positional
+                values[name] = convert(at, values[name])
                 continue
             key, given, text = at[2:].partition('=')
             key += '_' * keyword.iskeyword(key)                  # --break sets the knob break_

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tokenizer import EOS_ID, SHA256, get_tokenizer
+from tokenizer import EOS_ID, SHA256, chat_prompt, get_tokenizer
 
 SUFFIXES = ('.txt', '.md', '.rst', '.py', '.jsonl')
 SPLITS = ('train', 'val')
@@ -74,8 +74,7 @@ def parse(content, is_json):
             case {'prompt': str(prompt), 'completion': str(text)}:
                 pass
             case {'messages': [*turns, {'role': 'assistant', 'content': str(text)}]}:
-                prompt = ''.join(f'{turn["role"].capitalize()}: ' + turn['content'] + '\n\n'
-                                 for turn in turns) + 'Assistant:'
+                prompt = chat_prompt(turns)
                 text = ' ' + text                              # one token with the first word
             case _:
                 raise TypeError

