@@ -31,8 +31,9 @@ from tqdm import tqdm
 
 from checkpoint import replace_file
 from configurator import check_range, configure, fail, knob_values
+from export import hf_config
 from fp8 import convert_to_float8
-from model import Xmodel, XmodelConfig, mup_table, rope_angles
+from model import Xmodel, XmodelConfig, rope_angles
 from muon import has_bf16
 
 variants = 'ours-eager,ours-compiled,granite-eager,granite-compiled'    # also fp8-, dynamic-
@@ -58,14 +59,7 @@ full_vocab_size = 129_280     # peak memory is measured with this vocabulary as 
 def granite(c):
     """The GraniteForCausalLM that computes what Xmodel(c) computes."""
     from transformers import GraniteConfig, GraniteForCausalLM
-    factor = {role: rule.multiplier for role, rule in mup_table(c).items()}
-    return GraniteForCausalLM(GraniteConfig(
-        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_ffn,
-        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
-        max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps, tie_word_embeddings=True,
-        rope_parameters={'rope_type': 'default', 'rope_theta': c.rope_theta}, use_cache=False,
-        embedding_multiplier=factor['embedding'], attention_multiplier=factor['attention'],
-        residual_multiplier=factor['branch_out'], logits_scaling=1 / factor['logits']))
+    return GraniteForCausalLM(GraniteConfig(**hf_config(c) | {'use_cache': False}))
 
 
 def peak_memory(device):

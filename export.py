@@ -328,7 +328,7 @@ def read_weights(folder):
 
 
 def from_huggingface(folder, target):
-    """Write a folder of Hugging Face's as the run folder target: step_0.pt, and its shape."""
+    """Write a folder of Hugging Face's as the run folder target: step_0.pt, and shape.py."""
     try:
         config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
         c = our_config(config)
@@ -367,6 +367,9 @@ def from_huggingface(folder, target):
             tokenizer_json(c.vocab_size)['model']['vocab']
     with new_folder(target) as run:
         torch.save(about, run / 'step_0.pt')
+        (run / 'shape.py').write_text(                             # a config file for train.py
+            f'# of {folder.name}\n' + ''.join(f'{key} = {value!r}\n' for key, value in
+                                              asdict(c).items() if key != 'block_size'))
         if own:
             shutil.copy(tokens, run)
     print(f'{target}/step_0.pt: {sum(t.numel() for t in model.values()):,} parameters, '
@@ -392,7 +395,8 @@ def main():
     except ValueError as e:
         fail(e)
     except ImportError as e:
-        fail(f'{e.name} is missing: pip install {e.name}')
+        package = e.name.partition('.')[0]
+        fail(f'{package} is missing: pip install {package}')
     except OSError as e:
         fail(f'{e.filename or target}: {e.strerror}')
 

@@ -2,7 +2,9 @@
 import json
 import math
 import os
+import runpy
 import shutil
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -175,6 +177,15 @@ def test_another_models_tokenizer_stays_with_it(exported, tmp_path):
     assert 'tokenizer.json' in line
 
 
+def test_what_came_in_can_be_trained_on(exported, tiny, tmp_path):
+    assert run('export.py', '--from_hf', exported / 'hf', tmp_path / 'in').returncode == 0
+    done = run('train.py', *tiny, tmp_path / 'in/shape.py', f'--init_from={tmp_path / "in"}',
+               '--init_step=0', '--steps_scale=0.2', f'--out_dir={tmp_path / "more"}')
+    assert done.returncode == 0, done.stderr
+    more = read_checkpoint(tmp_path / 'more')
+    assert more['config'].n_embd == 64 and more['step'] > 0
+
+
 def test_the_model_card_tells_of_the_run(tiny_run, tmp_path):
     assert run('export.py', tiny_run, tmp_path / 'hf', '--dtype=bf16').returncode == 0
     card = (tmp_path / 'hf/README.md').read_text()
@@ -305,3 +316,16 @@ def test_a_wrong_use_gets_one_line(exported, tmp_path, name):
     args = args(exported, tmp_path)
     assert says in refused(run('export.py', *args))
     assert not {'hf', 'run'} & set(os.listdir(tmp_path))
+
+
+@pytest.mark.parametrize('package, flag', [('safetensors', '--format=granite'),
+                                           ('gguf', '--format=gguf')])
+def test_a_missing_extra_gets_one_line(exported, tmp_path, monkeypatch, capsys, package, flag):
+    for name in (package, f'{package}.torch'):
+        monkeypatch.setitem(sys.modules, name, None)
+    argv = ['export.py', str(exported / 'run'), str(tmp_path / 'x'), flag]
+    monkeypatch.setattr(sys, 'argv', argv)
+    with pytest.raises(SystemExit) as e:
+        runpy.run_path(str(ROOT / 'export.py'), run_name='__main__')
+    assert e.value.code == 2 and not list(tmp_path.iterdir())
+    assert capsys.readouterr().err == f'export.py: {package} is missing: pip install {package}\n'
