@@ -7,16 +7,17 @@
                                                                 # Xmodel-2.5 or Llama, if tied
 
 µP asks of the forward pass four constants: factors of embedding, q·k, residual branches and logits.
-IBM's Granite (arXiv 2405.04324's successor, class GraniteForCausalLM) is a Llama that has just
-these, so what is written here runs with no code of ours. The other way a Granite of any factors, or
-a Llama (all of them 1, but for q·k / sqrt(hd)), is an Xmodel with other scales.
+IBM's Granite 3 (transformers' GraniteForCausalLM) is a Llama with just these, so what is written
+here runs with no code of ours. The other way a Granite of any factors, or a Llama (all of them 1,
+but for q·k / sqrt(hd)), is an Xmodel with other scales. What training needs besides, the rules for
+init and learning rates, has no place in Granite's config: shape.py says what was assumed.
 """
 import json
 import math
 import os
 import shutil
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import read_checkpoint, read_log
+from checkpoint import read_checkpoint, replace_file
 from configurator import configure, fail
 from model import Xmodel, XmodelConfig, mup_table
 from tokenizer import BOS_ID, CHAT_TEMPLATE, EOS_ID, PAD_ID, PADDED, SMALLEST, tokenizer_json
@@ -36,7 +37,9 @@ format = 'granite'            # 'granite' | 'xmodel' | 'gguf': xmodel has the au
 dtype = 'fp32'                # 'fp32' | 'bf16' | 'fp16' | 'q8_0': of weights out; q8_0: gguf alone
 shard_gb = 5.0                # weights beyond this go into several files
 
-DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+# dtype: (safetensors', GGUF's, what GGUF calls a file of it)
+DTYPES = {'fp32': (torch.float32, 'F32', 'ALL_F32'), 'fp16': (torch.float16, 'F16', 'MOSTLY_F16'),
+          'bf16': (torch.bfloat16, 'BF16', 'MOSTLY_BF16'), 'q8_0': (None, 'Q8_0', 'MOSTLY_Q8_0')}
 # our modules, and Llama's that each of them fuses, in the order of its rows
 MODULES = {'embed': ['model.embed_tokens'], 'norm': ['model.norm']}
 IN_A_BLOCK = {'norm1': ['input_layernorm'], 'norm2': ['post_attention_layernorm'],
@@ -54,7 +57,7 @@ SHAPE = {'n_layer': 'num_hidden_layers', 'n_head': 'num_attention_heads',
 # The same network in both configurations
 
 def hf_tensors(c):
-    """[(our parameter, Llama's name, its rows in ours: a slice, shape)] of Xmodel(c)."""
+    """For each of Llama's tensors (our parameter that holds it, its name, rows there, shape)."""
     with torch.device('meta'):
         model = Xmodel(c)
     found = []
@@ -73,15 +76,18 @@ def hf_tensors(c):
     return found
 
 
-def hf_config(c, format='granite'):
-    """The config.json, a dict, with which Llama's tensors compute what Xmodel(c) computes."""
+def hf_config(c, keys='granite'):
+    """The config.json, a dict, with which Llama's tensors compute what Xmodel(c) computes.
+
+    keys: 'granite', or 'xmodel', which the authors' own class reads; ValueError if it cannot.
+    """
     factor = {role: rule.multiplier for role, rule in mup_table(c).items()}
     config = {theirs: getattr(c, ours) for ours, theirs in SHAPE.items()} | {
         'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False, 'attention_dropout': 0.0,
         'tie_word_embeddings': True, 'use_cache': True, 'initializer_range': c.init_std,
         'rope_theta': c.rope_theta, 'rope_scaling': None,
         'bos_token_id': BOS_ID, 'eos_token_id': EOS_ID, 'pad_token_id': PAD_ID}
-    if format == 'granite':
+    if keys == 'granite':
         return config | {
             'architectures': ['GraniteForCausalLM'], 'model_type': 'granite',
             # since version 5 transformers reads this in place of rope_theta
@@ -89,8 +95,8 @@ def hf_config(c, format='granite'):
             'embedding_multiplier': factor['embedding'],
             'attention_multiplier': factor['attention'],
             'residual_multiplier': factor['branch_out'], 'logits_scaling': 1 / factor['logits']}
-    if c.mup_rules == 'sp' or c.attention_scale != 1:
-        raise ValueError('format=xmodel is for models of µP with attention_scale=1')
+    if c.mup_rules == 'sp' or c.mup_break or c.attention_scale != 1:
+        raise ValueError('format=xmodel has no keys for mup_rules=sp, mup_break or attention_scale')
     return config | {
         'architectures': ['XmodelForCausalLM'], 'model_type': 'xmodel', 'use_mup': True,
         'mup_input_scale': c.input_scale, 'mup_output_scale': c.output_scale,
@@ -104,123 +110,159 @@ def our_config(config):
 
     ValueError names the key of what our network does not have.
     """
-    kind, value = config.get('model_type'), {}
-    if kind not in ('granite', 'xmodel', 'llama'):
-        raise ValueError(f'model_type is {kind!r}; granite, xmodel and llama can be read')
-    rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
-    for key, found, right in (
-            ('hidden_act', config.get('hidden_act', 'silu'), 'silu'),
-            ('attention_bias', config.get('attention_bias') or False, False),
-            ('mlp_bias', config.get('mlp_bias') or False, False),
-            ('rope type', rope.get('rope_type', rope.get('type', 'default')), 'default'),
+    def number(key, default=None, kind=float):
+        value = default if config.get(key) is None else config[key]
+        if type(value) not in (int, float) or not 0 < value < math.inf or value != kind(value):
+            what = 'a number' if kind is float else 'a whole number'
+            raise ValueError(f'{key} is {value!r}, which should be {what} above 0')
+        return kind(value)
+
+    model_type = config.get('model_type')
+    if model_type not in ('granite', 'xmodel', 'llama'):
+        raise ValueError(f'model_type is {model_type!r}; granite, xmodel and llama can be read')
+    for key, default, right in (
+            ('hidden_act', 'silu', 'silu'), ('attention_bias', False, False),
+            ('mlp_bias', False, False),
             # Llama is untied unless its config says otherwise
-            ('tie_word_embeddings', config.get('tie_word_embeddings', kind == 'xmodel'), True)):
-        if found != right:
-            raise ValueError(f'{key} is {found!r}, which our network does not have: only {right!r}')
-    for ours, theirs in SHAPE.items():
-        default = config.get('num_attention_heads') if ours == 'n_kv_head' else None
-        value[ours] = config.get(theirs, default)
-        wrong = not isinstance(value[ours], (int, float)) or isinstance(value[ours], bool)
-        if wrong or (ours != 'norm_eps' and value[ours] != int(value[ours])):
-            raise ValueError(f'{theirs} is {value[ours]!r}, not a number')
-    value['rope_theta'] = float(rope.get('rope_theta', config.get('rope_theta', 10_000.0)))
-    L, C = value['n_layer'], value['n_embd']
-    hd = C / value['n_head']
-    if (config.get('head_dim') or hd) != hd:
+            ('tie_word_embeddings', model_type == 'xmodel', True)):
+        if config.get(key, default) != right:
+            raise ValueError(f'{key} is {config.get(key, default)!r}; our network has {right!r}')
+    for key in ('rope_parameters', 'rope_scaling'):                # by version 5, and before
+        rope = config.get(key) or {}
+        if rope.get('rope_type', rope.get('type', 'default')) != 'default' or any(
+                isinstance(value, dict) for value in rope.values()):
+            raise ValueError(f'{key} is {rope}; our network has plain RoPE')
+        if 'rope_theta' in rope:
+            config = config | {'rope_theta': rope['rope_theta']}
+    default = {'num_key_value_heads': config.get('num_attention_heads')}
+    shape = {ours: number(theirs, default.get(theirs), float if ours == 'norm_eps' else int)
+             for ours, theirs in SHAPE.items()} | {'rope_theta': number('rope_theta', 10_000.0)}
+    L, C = shape['n_layer'], shape['n_embd']
+    hd = C / shape['n_head']
+    if number('head_dim', hd) != hd:
         raise ValueError(f'head_dim is {config["head_dim"]}; our heads have '
                          f'hidden_size / num_attention_heads = {hd:g}')
-    if kind == 'xmodel' and config.get('use_mup'):
-        attention, ffn = (config.get(f'mup_{part}_residual_scale', 1.4)
+    if model_type == 'xmodel' and config.get('use_mup'):
+        attention, ffn = (number(f'mup_{part}_residual_scale', 1.4)
                           for part in ('attention', 'ffn'))
         if attention != ffn:
             raise ValueError(f'mup_attention_residual_scale is {attention} and '
                              f'mup_ffn_residual_scale {ffn}; our branches have the same')
-        return XmodelConfig(**value, mup_rules='authors', residual_scale=attention,
-                            input_scale=config.get('mup_input_scale', 12.0),
-                            output_scale=config.get('mup_output_scale', 1.0),
-                            mup_base_width=config.get('mup_base_width', 256))
-    granite = config if kind == 'granite' else {'attention_multiplier': 1 / math.sqrt(hd)}
-    return XmodelConfig(**value, input_scale=granite.get('embedding_multiplier', 1.0),
-                        attention_scale=granite.get('attention_multiplier', 1.0) * hd,
-                        residual_scale=granite.get('residual_multiplier', 1.0) * math.sqrt(L),
-                        output_scale=C / XmodelConfig.mup_base_width
-                        / granite.get('logits_scaling', 1.0))
+        return XmodelConfig(**shape, mup_rules='authors', residual_scale=attention,
+                            input_scale=number('mup_input_scale', 12.0),
+                            output_scale=number('mup_output_scale', 1.0),
+                            mup_base_width=number('mup_base_width', 256, int))
+    # mup_table solved for the scales; a Llama's factors are 1, but for that of q·k
+    one = model_type == 'granite'
+    embedding, attention, branch, divisor = (
+        number(key, 1.0) if one else default for key, default in (
+            ('embedding_multiplier', 1.0), ('attention_multiplier', 1 / math.sqrt(hd)),
+            ('residual_multiplier', 1.0), ('logits_scaling', 1.0)))
+    return XmodelConfig(**shape, input_scale=embedding, attention_scale=attention * hd,
+                        residual_scale=branch * math.sqrt(L),
+                        output_scale=C / XmodelConfig.mup_base_width / divisor)
 
 
 # --------------------------------------------------------------------------------------------------
 # Out
 
 @contextmanager
-def new_folder(path):
-    """A folder to fill, which becomes `path` at the end: whole, or not at all."""
+def new_path(path):
+    """Where to make a file or folder; it becomes `path` at the end: whole, or not at all."""
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
-        temporary.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path, content):
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
 
 
-def write_weights(folder, model, c, dtype, shard_bytes):
+def tensors_of(state, c):
+    """(parameter, Llama's name, tensor) of a state dict, one by one; ValueError if not finite."""
+    for ours, theirs, rows, _ in tqdm(hf_tensors(c), unit='tensor', disable=None):
+        t = state[ours][rows]
+        kind = DTYPES[dtype][0] or torch.float16                   # q8_0 has scales in fp16
+        if not t.to(kind).isfinite().all():
+            raise ValueError(f'{theirs} is not finite in {dtype}')
+        yield theirs, t
+
+
+def write_weights(folder, state, c, shard_bytes):
     """Write the tensors of a state dict as model.safetensors, or as shards and their index."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
-    shards, sizes = [[]], [0]
-    for ours, theirs, rows, shape in hf_tensors(c):
-        size = math.prod(shape) * dtype.itemsize
-        if shards[-1] and sizes[-1] + size > shard_bytes:
-            shards.append([])
-            sizes.append(0)
-        shards[-1].append((ours, theirs, rows))
-        sizes[-1] += size
-    index = {}
-    for n, shard in enumerate(tqdm(shards, unit='file', disable=None), 1):
-        name = f'model-{n:05}-of-{len(shards):05}' if shards[1:] else 'model'
-        name += '.safetensors'
-        tensors = {theirs: model[ours][rows].to(dtype, copy=True) for ours, theirs, rows in shard}
-        for theirs, t in tensors.items():
-            if not t.isfinite().all():
-                raise ValueError(f'{theirs} is not finite in {str(dtype)[6:]}')
-        save_file(tensors, folder / name, {'format': 'pt'})
-        index |= dict.fromkeys(tensors, name)
-    if shards[1:]:
+    kind = DTYPES[dtype][0]
+    files, size, total = [[]], 0, 0                                # names of tensors in each file
+    for _, name, _, shape in hf_tensors(c):
+        bytes_ = math.prod(shape) * kind.itemsize
+        if files[-1] and size + bytes_ > shard_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size, total = size + bytes_, total + bytes_
+    index, tensors = {}, tensors_of(state, c)
+    for n, names in enumerate(files, 1):
+        file = f'model-{n:05}-of-{len(files):05}' if files[1:] else 'model'
+        try:
+            save_file({name: next(tensors)[1].to(kind, copy=True) for name in names},
+                      folder / f'{file}.safetensors', {'format': 'pt'})
+        except SafetensorError as e:                               # a full disk, say
+            raise ValueError(f'{folder}: {e}') from None
+        index |= dict.fromkeys(names, f'{file}.safetensors')
+    if files[1:]:
         write_json(folder / 'model.safetensors.index.json',
-                   {'metadata': {'total_size': sum(sizes)}, 'weight_map': index})
+                   {'metadata': {'total_size': total}, 'weight_map': index})
 
 
 def model_card(about, run):
     """README.md of an exported model: what it is, how it was trained, its last validation."""
-    c, knobs = about['config'], about['knobs']
+    c, last = about['config'], {}
+    local = ('data_dir', 'out_dir', 'init_from', 'reference', 'sources')
     with torch.device('meta'):
         n = Xmodel(c).num_params()
     what = (f'{n:,} parameters, {c.n_layer} layers of width {c.n_embd}, vocabulary '
             f'{c.vocab_size:,}, after {about["step"]:,} steps, {about["tokens"]:,} tokens. '
-            'Trained with nano-xmodel, after Xmodel-2.5 (arXiv 2511.19496).')
+            'Written by nano-xmodel, after Xmodel-2.5 (arXiv 2511.19496).')
     lines = ['---', 'library_name: transformers', 'pipeline_tag: text-generation', '---', '',
              f'# {run.name}', '', what, '']
-    log = [e for e in (read_log(run) if (run / 'log.jsonl').exists() else [])
-           if 'val_losses' in e and e['step'] < about['step']]
-    if log:
-        lines += ['| validation set | loss (nats a token) |', '| --- | --- |',
-                  *(f'| {name} | {loss:.4f} |' for name, loss in log[-1]['val_losses'].items()),
-                  '', f'(after {log[-1]["step"] + 1:,} steps)', '']
-    return '\n'.join([*lines, '```json', json.dumps(knobs or asdict(c), indent=1), '```', ''])
+    log = run / 'log.jsonl'
+    for line in log.read_text(encoding='utf-8').splitlines() if log.exists() else ():
+        with suppress(ValueError, KeyError, TypeError):            # a line may be cut off by a kill
+            entry = json.loads(line)
+            last = entry if entry['val_losses'] and entry['step'] < about['step'] else last
+    if last:
+        lines += [f'After {last["step"] + 1:,} steps:', '',
+                  '| validation set | loss (nats a token) |', '| --- | --- |',
+                  *(f'| {name} | {loss:.4f} |' for name, loss in last['val_losses'].items()), '']
+    knobs = {k: v for k, v in (about['knobs'] or asdict(c)).items() if k not in local}
+    return '\n'.join([*lines, '```json', json.dumps(knobs, indent=1), '```', ''])
+
+
+def checkpoint_with_our_tokenizer(path):
+    """read_checkpoint, and the tokenizer.json to go with it; ValueError if it has its own."""
+    about = read_checkpoint(path)
+    if (own := Path(about['path']).with_name('tokenizer.json')).exists():
+        raise ValueError(f'{own}: with its own tokenizer a model is best taken from where it was '
+                         'imported; those of our tokenizer are written')
+    return about, tokenizer_json(about['config'].vocab_size)
 
 
 def export(checkpoint, target):
     """Write a checkpoint as a folder of Hugging Face's. ValueError in one line."""
-    about = read_checkpoint(checkpoint)
-    c, path = about['config'], Path(about['path'])
-    config = hf_config(c, format) | {'dtype': str(DTYPES[dtype])[6:]}
-    tokens = tokenizer_json(c.vocab_size)
+    about, tokens = checkpoint_with_our_tokenizer(checkpoint)
+    c, path = about['config'], Path(about['path']).resolve()
+    config = hf_config(c, format) | {'dtype': str(DTYPES[dtype][0]).removeprefix('torch.')}
     name = {t['id']: t['content'] for t in tokens['added_tokens']}
     special = {f'{kind}_token': name[i]
                for kind, i in (('bos', BOS_ID), ('eos', EOS_ID), ('pad', PAD_ID))}
-    with new_folder(target) as folder:
+    with new_path(target) as folder:
+        folder.mkdir()
         write_json(folder / 'config.json', config)
         write_json(folder / 'generation_config.json', {
             key: config[key] for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')})
@@ -231,7 +273,7 @@ def export(checkpoint, target):
             'add_bos_token': False, 'clean_up_tokenization_spaces': False,
             'chat_template': CHAT_TEMPLATE})
         (folder / 'README.md').write_text(model_card(about, path.parent), encoding='utf-8')
-        write_weights(folder, about['model'], c, DTYPES[dtype], shard_gb * 1e9)
+        write_weights(folder, about['model'], c, shard_gb * 1e9)
     print(f'{target}: {path}, step {about["step"]}, as {config["architectures"][0]} in {dtype}')
 
 
@@ -239,22 +281,21 @@ def write_gguf(checkpoint, target):
     """Write a checkpoint as one file for llama.cpp, in which our network is 'granite'.
 
     Its own converter knows a tokenizer by the ids of a test text, which a cut vocabulary does not
-    give; here the name is told. ValueError in one line.
+    give; so the name, deepseek-v3, is written here. ValueError in one line.
     """
     import gguf
-    about = read_checkpoint(checkpoint)
-    c, model, tokens = about['config'], about['model'], tokenizer_json(about['config'].vocab_size)
-    kind = gguf.GGMLQuantizationType[{'fp32': 'F32', 'fp16': 'F16'}.get(dtype, dtype.upper())]
+    about, tokens = checkpoint_with_our_tokenizer(checkpoint)
+    c, path = about['config'], Path(about['path']).resolve()
     if dtype == 'q8_0' and (c.n_embd % 32 or c.n_ffn % 32):
         raise ValueError('dtype=q8_0 wants n_embd and n_ffn to be multiples of 32')
+    _, kind, file_type = DTYPES[dtype]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GRANITE, c.n_layer)
     config = hf_config(c)
-    temporary = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
-    try:
+    with new_path(target) as temporary:
         file = gguf.GGUFWriter(temporary, 'granite')
-        file.add_name(Path(about['path']).parent.name)
-        file.add_file_type(gguf.LlamaFileType['ALL_F32' if dtype == 'fp32' else
-                                              f'MOSTLY_{kind.name}'])
+        file.add_name(path.parent.name)
+        file.add_file_type(gguf.LlamaFileType[file_type])
+        file.add_quantization_version(gguf.GGML_QUANT_VERSION)
         file.add_block_count(c.n_layer)
         file.add_context_length(c.block_size)
         file.add_embedding_length(c.n_embd)
@@ -275,6 +316,7 @@ def write_gguf(checkpoint, target):
         kinds = dict.fromkeys(text, gguf.TokenType.NORMAL)
         for t in tokens['added_tokens']:
             text[t['id']] = t['content']
+            # not special: text, in which it is found first, as the tokens around tool calls
             kinds[t['id']] = gguf.TokenType.CONTROL if t['special'] else gguf.TokenType.USER_DEFINED
         ids = range(c.vocab_size)                                  # the last ones may be padding
         file.add_token_list([text.get(i, f'[PAD{i}]') for i in ids])
@@ -285,26 +327,36 @@ def write_gguf(checkpoint, target):
         file.add_pad_token_id(PAD_ID)
         file.add_add_bos_token(False)
         file.add_chat_template(CHAT_TEMPLATE)
-        for ours, theirs, rows, _ in tqdm(hf_tensors(c), unit='tensor', disable=None):
-            t = model[ours][rows].float()
+        for theirs, t in tensors_of(about['model'], c):
             if theirs.endswith(('q_proj.weight', 'k_proj.weight')):
                 # llama.cpp rotates neighbours, we (and Llama's tensors) channels i and i + hd/2
                 t = t.view(-1, 2, c.hd // 2, c.n_embd).transpose(1, 2).reshape(t.shape)
-            want = kind if t.dim() == 2 else gguf.GGMLQuantizationType.F32       # norms stay exact
+            want = gguf.GGMLQuantizationType[kind if t.dim() == 2 else 'F32']    # norms stay exact
             file.add_tensor(names.get_name(theirs, ('.weight',)),
-                            gguf.quants.quantize(t.contiguous().numpy(), want), raw_dtype=want)
+                            gguf.quants.quantize(t.float().contiguous().numpy(), want),
+                            raw_dtype=want)
         file.write_header_to_file()
         file.write_kv_data_to_file()
         file.write_tensors_to_file()
         file.close()
-        os.link(temporary, target)                                 # never over another file
-    finally:
-        temporary.unlink(missing_ok=True)
     print(f'{target}: {about["path"]}, step {about["step"]}, in {dtype}; llama-cli -m {target}')
 
 
 # --------------------------------------------------------------------------------------------------
 # In
+
+def read_json(path):
+    """The object in a JSON file; ValueError names the file."""
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except OSError as e:
+        raise ValueError(f'{path}: {e.strerror}') from None
+    except ValueError as e:
+        raise ValueError(f'{path}: {e}') from None
+    if not isinstance(content, dict):
+        raise ValueError(f'{path} should hold an object')  # noqa: TRY004
+    return content
+
 
 def read_weights(folder):
     """{name: function that reads the tensor} of the weight files of a folder."""
@@ -316,32 +368,46 @@ def read_weights(folder):
     for file in files:
         try:
             if file.suffix == '.bin':
-                tensors = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
-                found |= {name: t.clone for name, t in tensors.items()}
+                tensors = torch.load(file, map_location='cpu', weights_only=True)
+                here = {name: t.clone for name, t in tensors.items()}
             else:
                 f = safe_open(file, 'pt')
-                found |= {name: partial(f.get_tensor, name) for name in f.keys()}  # noqa: SIM118
+                here = {name: partial(f.get_tensor, name) for name in f.keys()}  # noqa: SIM118
         except Exception as e:  # noqa: BLE001                     (both raise many kinds)
             raise ValueError(f'{file} is damaged, or no file of weights '
                              f'({type(e).__name__})') from None
+        if twice := found.keys() & here.keys():
+            raise ValueError(f'{file} has {min(twice)}, as another file of the folder has')
+        found |= here
     return found
+
+
+def own_tokenizer(folder, vocab_size):
+    """The tokenizer.json of a folder if it is not ours, else None."""
+    file = folder / 'tokenizer.json'
+    if not file.exists():
+        if (folder / 'tokenizer.model').exists():
+            raise ValueError(f'{folder} has a tokenizer.model alone; a tokenizer.json is wanted')
+        return None
+    vocabulary = (read_json(file).get('model') or {}).get('vocab')
+    ours = SMALLEST <= vocab_size <= PADDED and tokenizer_json(vocab_size)['model']['vocab']
+    return None if vocabulary == ours else file
 
 
 def from_huggingface(folder, target):
     """Write a folder of Hugging Face's as the run folder target: step_0.pt, and shape.py."""
+    config = read_json(folder / 'config.json')
     try:
-        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
         c = our_config(config)
-    except OSError as e:
-        raise ValueError(f'{folder}/config.json: {e.strerror}') from None
     except (ValueError, AttributeError) as e:
         raise ValueError(f'{folder}/config.json: {e}') from None
-    found, model = read_weights(folder), {}
+    own = own_tokenizer(folder, c.vocab_size)
+    found, state = read_weights(folder), {}
     theirs = hf_tensors(c)
     wanted = {name for _, name, _, _ in theirs}
     if missing := wanted - found.keys():
         raise ValueError(f'{folder} lacks the tensor {min(missing)}')
-    for name in found.keys() - wanted:
+    for name in sorted(found.keys() - wanted):
         if name == 'lm_head.weight':
             if not torch.equal(found[name](), found['model.embed_tokens.weight']()):
                 raise ValueError(f'{folder}: lm_head.weight differs from '
@@ -354,26 +420,27 @@ def from_huggingface(folder, target):
         t = found[name]()
         if tuple(t.shape) != shape:
             raise ValueError(f'{folder}: {name} is {tuple(t.shape)}, by config.json {shape}')
-        if ours not in model:
-            model[ours] = torch.empty(shapes[ours])
-        model[ours][rows] = t
-    eos = config.get('eos_token_id')                               # Llama 3 has a list of them
-    about = {'config': asdict(c), 'model': model,
-             'eos_id': eos[0] if isinstance(eos, list) else eos}
-    tokens, own = folder / 'tokenizer.json', False
-    if tokens.exists():
-        own = not SMALLEST <= c.vocab_size <= PADDED or \
-            json.loads(tokens.read_text(encoding='utf-8'))['model']['vocab'] != \
-            tokenizer_json(c.vocab_size)['model']['vocab']
-    with new_folder(target) as run:
-        torch.save(about, run / 'step_0.pt')
+        if ours not in state:
+            state[ours] = torch.empty(shapes[ours])
+        state[ours][rows] = t
+    about = {'config': asdict(c), 'model': state}
+    if own:                                                        # ours ends texts with EOS_ID
+        there = folder / 'generation_config.json'
+        eos = (read_json(there) if there.exists() else {}).get('eos_token_id',
+                                                               config.get('eos_token_id'))
+        about['eos_id'] = next(iter(eos), None) if isinstance(eos, list) else eos
+    with new_path(target) as run:
+        run.mkdir()
+        replace_file(run / 'step_0.pt', lambda f: torch.save(about, f))
         (run / 'shape.py').write_text(                             # a config file for train.py
-            f'# of {folder.name}\n' + ''.join(f'{key} = {value!r}\n' for key, value in
-                                              asdict(c).items() if key != 'block_size'))
+            '# The forward pass is the imported one. Which learning rates suit it is not known:\n'
+            '# mup_rules, mup_base_width and init_std are what training takes them to be.\n'
+            + ''.join(f'{k} = {v!r}\n' for k, v in asdict(c).items() if k != 'block_size'))
         if own:
-            shutil.copy(tokens, run)
-    print(f'{target}/step_0.pt: {sum(t.numel() for t in model.values()):,} parameters, '
-          + ('with a tokenizer of its own' if own else "with Xmodel's tokenizer"))
+            shutil.copy(own, run)
+    print(f'{target}/step_0.pt: {sum(t.numel() for t in state.values()):,} parameters, '
+          + ('with a tokenizer of its own' if own else "with Xmodel's tokenizer"
+             + ('' if (folder / 'tokenizer.json').exists() else ', as none came with it')))
 
 
 def main():
@@ -381,11 +448,13 @@ def main():
         fail('two paths are wanted: python export.py out/RUN NEW, or --from_hf FOLDER out/NEW')
     if not shard_gb > 0:
         fail(f'shard_gb={shard_gb} should be above 0')
-    if Path(target).exists():
-        fail(f'{target} exists already; name a new one')
+    if from_hf and (dtype != 'fp32' or format != 'granite'):
+        fail('--from_hf takes weights as they are: without --format and --dtype')
     if dtype == 'q8_0' and format != 'gguf':
         fail(f'dtype=q8_0 is for format=gguf, not for {format}')
     try:
+        if Path(target).exists():
+            fail(f'{target} exists already; name a new one')
         if from_hf:
             from_huggingface(Path(source), Path(target))
         elif format == 'gguf':
@@ -394,7 +463,7 @@ def main():
             export(source, Path(target))
     except ValueError as e:
         fail(e)
-    except ImportError as e:
+    except ModuleNotFoundError as e:
         package = e.name.partition('.')[0]
         fail(f'{package} is missing: pip install {package}')
     except OSError as e:

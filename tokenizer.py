@@ -114,12 +114,15 @@ class OtherTokenizer:
             from tokenizers import Tokenizer
         except ImportError:
             raise ValueError(f'{file} is no tokenizer of ours: pip install tokenizers') from None
-        self.tokenizer = Tokenizer.from_file(str(file))
+        try:
+            self.tokenizer = Tokenizer.from_file(str(file))
+        except Exception as e:  # noqa: BLE001                     (its only kind)
+            raise ValueError(f'{file}: {e}') from None
         self.tokenizer.encode_special_tokens = True             # text makes no special tokens
-        self.n_vocab = self.tokenizer.get_vocab_size()
+        self.n_vocab = max(self.tokenizer.get_vocab().values()) + 1
 
     def encode_ordinary(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.tokenizer.encode(text).ids                  # after a BOS, where there is one
 
     def decode(self, ids):
         return self.tokenizer.decode(ids)

@@ -264,6 +264,8 @@ def main(defaults):
             with torch.device('meta'):
                 convert_to_float8(Xmodel(config))
         start = read_checkpoint(run if resuming else init_from) if resuming or init_from else None
+        if start and (own := Path(start['path']).with_name('tokenizer.json')).exists():
+            fail(f'{own}: a model with a tokenizer of its own cannot read our data sets')
         if rank == 0:
             prepare_missing(data_dir, names, sources, vocab_size)
         if world > 1:
@@ -283,8 +285,6 @@ def main(defaults):
     recent, watch = [], (-50, 0.0)          # last losses; (change of optimizer, limit after it)
     proxy = read_log(reference) if reference else []
     if start:
-        if (own := Path(start['path']).with_name('tokenizer.json')).exists():
-            fail(f'{own}: a model with a tokenizer of its own cannot read our data sets')
         for line in changes(asdict(start['config']), asdict(config)):
             if not line.startswith(('block_size', 'muon_lr_scaling')):
                 fail(f'{start["path"]} holds another model than this config: {line}')

@@ -67,11 +67,16 @@ def test_what_is_written_is_the_same_network_in_stock_transformers(tmp_path, nam
 
 @pytest.mark.parametrize('form', ['granite', 'xmodel'])
 def test_out_and_in_again_is_bit_for_bit(tmp_path, form):
-    c = CONFIGS['authors']
+    c = replace(CONFIGS['authors'], input_scale=3.0, output_scale=0.7, residual_scale=2.0,
+                mup_base_width=32)
     model = checkpoint(tmp_path / 'run', c)
     assert run('export.py', tmp_path / 'run', tmp_path / 'hf', f'--format={form}',
                '--shard_gb=0.0001').returncode == 0
     assert len(list((tmp_path / 'hf').glob('model-0*.safetensors'))) > 2
+    if form == 'granite':                                        # which goes by the index
+        theirs = load(tmp_path / 'hf').state_dict()
+        assert torch.equal(theirs['model.layers.2.mlp.up_proj.weight'],
+                           model.blocks[2].ffn.gate_up.weight[160:])
     done = run('export.py', '--from_hf', tmp_path / 'hf', tmp_path / 'back')
     assert (done.returncode, done.stderr) == (0, '')
     back, about = load_model(tmp_path / 'back')
@@ -84,25 +89,35 @@ def test_out_and_in_again_is_bit_for_bit(tmp_path, form):
         assert about['config'] == c
 
 
-@pytest.mark.parametrize('knobs', [
-    {}, {'embedding_multiplier': 6.0, 'logits_scaling': 13.0, 'residual_multiplier': 0.22,
-         'attention_multiplier': 0.0078125},
-    {'num_key_value_heads': 1, 'hidden_size': 96, 'rms_norm_eps': 1e-6, 'vocab_size': 777},
-    {'rope_parameters': {'rope_type': 'default', 'rope_theta': 1234.0}}])
-@pytest.mark.parametrize('kind', ['Granite', 'Llama'])
+@pytest.mark.parametrize('kind, knobs', [
+    ('Granite', {'embedding_multiplier': 6.0, 'logits_scaling': 13.0, 'residual_multiplier': 0.22,
+         'attention_multiplier': 0.0078125}),
+    ('Granite', {'num_key_value_heads': 1, 'hidden_size': 96, 'rms_norm_eps': 1e-6,
+                 'vocab_size': 777, 'attention_multiplier': 0.05}),
+    ('Llama', {}), ('Llama', {'num_key_value_heads': None, 'hidden_size': 96}),
+    ('Llama', {'rope_parameters': {'rope_type': 'default', 'rope_theta': 1234.0}}),
+    ('Llama', {'older': {'rope_theta': 1234.0, 'rope_scaling': None}})])
 def test_models_made_by_transformers_are_read(tmp_path, kind, knobs):
-    factors = {'embedding_multiplier', 'logits_scaling', 'residual_multiplier',
-               'attention_multiplier'}
+    knobs, older = dict(knobs), knobs.get('older')
+    knobs.pop('older', None)
+    if older:                                                    # as version 4 wrote it
+        knobs['rope_parameters'] = {'rope_type': 'default', 'rope_theta': older['rope_theta']}
     knobs = {'vocab_size': 512, 'hidden_size': 64, 'intermediate_size': 80, 'num_hidden_layers': 3,
              'num_attention_heads': 4, 'num_key_value_heads': 2, 'tie_word_embeddings': True,
-             'max_position_embeddings': 128} | {
-                 k: v for k, v in knobs.items() if kind == 'Granite' or k not in factors}
+             'max_position_embeddings': 128} | knobs
     torch.manual_seed(1)
     theirs = getattr(transformers, f'{kind}ForCausalLM')(
         getattr(transformers, f'{kind}Config')(initializer_range=0.1, **knobs)).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():                            # gains are not all the same
+            p.add_(0.1 * torch.randn_like(p))
     theirs.save_pretrained(tmp_path / 'hf')
+    if older:
+        config = json.loads((tmp_path / 'hf/config.json').read_text())
+        del config['rope_parameters']
+        (tmp_path / 'hf/config.json').write_text(json.dumps(config | older))
     done = run('export.py', '--from_hf', tmp_path / 'hf', tmp_path / 'run')
-    assert (done.returncode, done.stderr) == (0, '')
+    assert (done.returncode, done.stderr) == (0, '') and 'as none came with it' in done.stdout
     ours, _ = load_model(tmp_path / 'run')
     idx = torch.randint(knobs['vocab_size'], (2, 60), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
@@ -112,17 +127,20 @@ def test_models_made_by_transformers_are_read(tmp_path, kind, knobs):
 
 def test_the_authors_config_is_read_by_its_keys(tmp_path):
     # as released, in the older file format, with tensors in bf16
-    c = CONFIGS['authors']
+    c = replace(CONFIGS['authors'], input_scale=3.0, output_scale=0.7, residual_scale=2.0,
+                mup_base_width=32)
     model = checkpoint(tmp_path / 'run', c)
     run('export.py', tmp_path / 'run', tmp_path / 'hf', '--dtype=bf16')
     config = {'architectures': ['XmodelForCausalLM'], 'model_type': 'xmodel', 'hidden_size': 64,
               'intermediate_size': 160, 'num_hidden_layers': 3, 'num_attention_heads': 2,
               'num_key_value_heads': 1, 'vocab_size': 512, 'max_position_embeddings': 256,
               'rms_norm_eps': 1e-5, 'rope_theta': 500000, 'hidden_act': 'silu', 'use_mup': True,
-              'tie_word_embeddings': True, 'mup_input_scale': 12.0, 'mup_output_scale': 1.0,
-              'mup_attention_residual_scale': 1.4, 'mup_ffn_residual_scale': 1.4,
-              'mup_base_width': 256, 'mup_width_multiplier': 0.25, 'rope_scaling': None}
+              'tie_word_embeddings': True, 'mup_input_scale': 3.0, 'mup_output_scale': 0.7,
+              'mup_attention_residual_scale': 2.0, 'mup_ffn_residual_scale': 2.0,
+              'mup_base_width': 32, 'mup_width_multiplier': 2.0, 'rope_scaling': None}
     (tmp_path / 'hf/config.json').write_text(json.dumps(config))
+    written = export.hf_config(c, 'xmodel')
+    assert {key: written[key] for key in config} == config
     from safetensors.torch import load_file
     torch.save(load_file(tmp_path / 'hf/model.safetensors'), tmp_path / 'hf/pytorch_model.bin')
     (tmp_path / 'hf/model.safetensors').unlink()
@@ -161,8 +179,7 @@ def test_another_models_tokenizer_stays_with_it(exported, tmp_path):
     theirs.pre_tokenizer = pre_tokenizers.Whitespace()
     theirs.add_special_tokens(['a!'])
     theirs.save(str(hf / 'tokenizer.json'))
-    config = json.loads((hf / 'config.json').read_text())
-    (hf / 'config.json').write_text(json.dumps(config | {'eos_token_id': [7, 9]}))
+    (hf / 'generation_config.json').write_text('{"eos_token_id": [7, 9]}')
     done = run('export.py', '--from_hf', hf, tmp_path / 'run')
     assert done.returncode == 0 and 'with a tokenizer of its own' in done.stdout
     about = read_checkpoint(tmp_path / 'run')
@@ -172,23 +189,27 @@ def test_another_models_tokenizer_stays_with_it(exported, tmp_path):
     assert 26 not in read.encode_ordinary('a!')                  # text makes no special token
     said = run('sample.py', tmp_path / 'run', '--prompt=c b a', '--max_new_tokens=5')
     assert said.returncode == 0 and said.stdout.startswith('c b a ')
-    line = refused(run('train.py', 'config/nano.py', f'--init_from={tmp_path / "run"}',
-                       f'--out_dir={tmp_path / "more"}'))
-    assert 'tokenizer.json' in line
+    for args in (['train.py', 'config/nano.py', f'--init_from={tmp_path / "run"}',
+                  f'--out_dir={tmp_path / "x"}'], ['export.py', tmp_path / 'run', tmp_path / 'x'],
+                 ['export.py', tmp_path / 'run', tmp_path / 'x', '--format=gguf']):
+        assert 'tokenizer.json' in refused(run(*args)) and not (tmp_path / 'x').exists()
 
 
 def test_what_came_in_can_be_trained_on(exported, tiny, tmp_path):
     assert run('export.py', '--from_hf', exported / 'hf', tmp_path / 'in').returncode == 0
     done = run('train.py', *tiny, tmp_path / 'in/shape.py', f'--init_from={tmp_path / "in"}',
-               '--init_step=0', '--steps_scale=0.2', f'--out_dir={tmp_path / "more"}')
+               '--init_step=0', '--steps_scale=0.2', f'--out_dir={tmp_path / "more"}',
+               '--learning_rate=0', '--embedding_lr=0')          # so that it keeps what came in
     assert done.returncode == 0, done.stderr
-    more = read_checkpoint(tmp_path / 'more')
-    assert more['config'].n_embd == 64 and more['step'] > 0
+    weights = (read_checkpoint(tmp_path / name)['model'] for name in ('in', 'more'))
+    assert all(map(torch.equal, *(state.values() for state in weights)))
 
 
 def test_the_model_card_tells_of_the_run(tiny_run, tmp_path):
     assert run('export.py', tiny_run, tmp_path / 'hf', '--dtype=bf16').returncode == 0
     card = (tmp_path / 'hf/README.md').read_text()
+    assert '# tiny' in card and 'data_dir' not in card
+    assert json.loads((tmp_path / 'hf/config.json').read_text())['dtype'] == 'bfloat16'
     assert 'after 20 steps' in card and '"n_embd": 32' in card and '| stdlib | ' in card
     assert load(tmp_path / 'hf').generation_config.eos_token_id == EOS_ID
 
@@ -250,7 +271,11 @@ def test_gguf_holds_the_network_and_the_tokenizer(tmp_path, dtype, right):
 WRONG_CONFIG = {
     'model_type': ('gpt2', "model_type is 'gpt2'"), 'hidden_act': ('gelu', "hidden_act is 'gelu'"),
     'attention_bias': (True, 'attention_bias is True'), 'mlp_bias': (True, 'mlp_bias is True'),
-    'rope_parameters': ({'rope_type': 'yarn', 'factor': 4.0}, "rope type is 'yarn'"),
+    'rope_parameters': ({'rope_type': 'yarn', 'factor': 4.0}, "rope_parameters is {'rope_type': "),
+    'rope_scaling': ({'type': 'linear', 'factor': 4.0}, "rope_scaling is {'type': 'linear'"),
+    'num_attention_heads': (0, 'num_attention_heads is 0, which should be a whole number above 0'),
+    'logits_scaling': (0, 'logits_scaling is 0, which should be a number above 0'),
+    'embedding_multiplier': ('12', "embedding_multiplier is '12'"),
     'tie_word_embeddings': (False, 'tie_word_embeddings is False'),
     'head_dim': (32, 'head_dim is 32'), 'num_hidden_layers': ('3', "num_hidden_layers is '3'"),
     'intermediate_size': (80, 'model.layers.0.mlp.gate_proj.weight is (160, 64), by config.json'),
@@ -277,7 +302,20 @@ def test_what_our_network_does_not_have_is_refused_by_name(exported, tmp_path, k
     assert says in line and str(hf) in line and os.listdir(tmp_path) == ['hf']
 
 
-def with_tensors(exported, folder, **tensors):
+def broken(folder):
+    checkpoint(folder, replace(SMALL, mup_break='attn_scale'))
+    return folder
+
+
+def large(exported, folder):
+    state = torch.load(exported / 'run/step_0.pt', weights_only=True)
+    state['model']['blocks.1.ffn.down.weight'][3, 4] = 1e6
+    folder.mkdir()
+    torch.save(state, folder / 'step_0.pt')
+    return folder
+
+
+def with_tensors(exported, folder, what='', **tensors):
     from safetensors.torch import load_file, save_file
     folder.mkdir()
     (folder / 'config.json').write_text((exported / 'hf/config.json').read_text())
@@ -286,12 +324,27 @@ def with_tensors(exported, folder, **tensors):
         found.pop(name, None)
         found |= {name: t} if t is not None else {}
     save_file(found, folder / 'model.safetensors')
+    if what == 'other':
+        save_file({'model.norm.weight': torch.ones(64)}, folder / 'other.safetensors')
+    elif what == 'broken':
+        (folder / 'tokenizer.json').write_text('{')
     return folder
 
 
 WRONG = {   # name: (arguments from (exported, tmp_path), what the line tells)
     'no arguments': (lambda e, t: [], 'two paths are wanted'),
-    'no run': (lambda e, t: [t / 'none', t / 'hf'], 'none'),
+    'no run': (lambda e, t: [t / 'none', t / 'hf'], 'does not exist'),
+    'long name': (lambda e, t: [e / 'run', 'x' * 300], 'File name too long'),
+    'in, as out': (lambda e, t: ['--from_hf', e / 'hf', t / 'run', '--dtype=bf16'], 'as they are'),
+    'mup_break': (lambda e, t: [broken(t / 'x'), t / 'hf', '--format=xmodel'], 'has no keys for'),
+    'too large': (lambda e, t: [large(e, t / 'x'), t / 'hf', '--dtype=fp16'],
+                  'is not finite in fp16'),
+    'too large for llama.cpp': (lambda e, t: [large(e, t / 'x'), t / 'hf', '--dtype=q8_0',
+                                              '--format=gguf'], 'is not finite in q8_0'),
+    'twice': (lambda e, t: ['--from_hf', with_tensors(e, t / 'x', 'other'), t / 'run'],
+              'as another file of the folder has'),
+    'a tokenizer without words': (lambda e, t: ['--from_hf', with_tensors(e, t / 'x', 'broken'),
+                                                t / 'run'], 'tokenizer.json'),
     'there already': (lambda e, t: [e / 'run', e / 'hf'], 'exists already'),
     'dtype': (lambda e, t: [e / 'run', t / 'hf', '--dtype=int8'], "'fp32', 'bf16', 'fp16'"),
     'q8_0': (lambda e, t: [e / 'run', t / 'hf', '--dtype=q8_0'], 'dtype=q8_0 is for format=gguf'),
@@ -315,7 +368,7 @@ def test_a_wrong_use_gets_one_line(exported, tmp_path, name):
     args, says = WRONG[name]
     args = args(exported, tmp_path)
     assert says in refused(run('export.py', *args))
-    assert not {'hf', 'run'} & set(os.listdir(tmp_path))
+    assert set(os.listdir(tmp_path)) <= {'x'}                    # nothing is left, hidden or not
 
 
 @pytest.mark.parametrize('package, flag', [('safetensors', '--format=granite'),
