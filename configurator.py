@@ -35,7 +35,7 @@ def check_range(knobs, low, high, *names):
     """End the program in one line unless low <= knobs[name] < high for each name; NaN is not."""
     for name in names:
         if not low <= knobs[name] < high:
-            below = f' and below {high:.3g}' if high < math.inf else ''
+            below = f' and below {high:g}' if high < math.inf else ''
             fail(f'{name}={knobs[name]} should be at least {low}{below}')
 
 

@@ -19,7 +19,7 @@ tensor. So the scale is taken from the amaxes of earlier steps,
     scale = largest value of the format / max(amaxes of the last 128 steps) / 2^margin,
 
 as by NVIDIA's Transformer Engine, with which Xmodel-2.5 was trained (arXiv 2511.19496); each layer
-has one for its input, weight and output's gradient. What outgrows history and margin saturates.
+has one for input, weight and output's gradient. What outgrows it saturates; step 0 has own amaxes.
 
 FP8 is for the blocks' linears alone, 69 % of the 1.3B model's FLOPs. In bf16 or fp32 stay attention
 and logits, for what feeds a softmax must be exact; embedding, norms, residual stream, for they are
@@ -165,8 +165,7 @@ class DelayedScaling:
         return amax
 
     def update(self, amax):
-        """After each optimizer step: its amaxes enter the history, the next step has new scales.
-        What is not finite counts for nothing, so that the last good scale stays in force."""
+        """After each optimizer step: its finite amaxes enter the history, new scales follow."""
         self.history[..., self.step % self.history.size(-1)] = amax.nan_to_num(0, 0)
         self.step += 1
         self.follow_history(torch.stack(self.scales))
@@ -196,7 +195,7 @@ class DelayedScaling:
         jumps = (torch.stack(self.scales) / self.before).log2().abs() * (self.before != 1)
         rows = zip(ROLES, lost.mean(0).tolist(), lost.amax(0).tolist(), jumps.amax(0).tolist())
         return {role: {'saturated': (mean[0], most[0]), 'underflowed': (mean[1], most[1]),
-                       'jump': jump} for role, mean, most, jump in rows}
+                       'jump': 0.0 if self.dynamic else jump} for role, mean, most, jump in rows}
 
     def trace(self, amax):
         """The first tensor of a step with these amaxes that was not finite, in words, or ''."""
@@ -205,9 +204,10 @@ class DelayedScaling:
         order += [(n, 2) for n in reversed(range(len(amax)))]
         for n, role in order:
             if not abs(amax[n][role]) < torch.inf:
-                last = self.history[n, role].roll(-self.step)[-4:].tolist()
+                last = [f'{x:.3g}' for x in self.history[n, role].roll(-self.step).tolist() if x]
+                scale = 'its own' if self.own_amax else f'{self.scales[n][role]:.3g}'
                 return (f'; {names[n]}: its {ROLES[role]} has amax {amax[n][role]}; before '
-                        f'{", ".join(f"{x:.3g}" for x in last)}; scale {self.scales[n][role]:.3g}')
+                        f'{", ".join(last[-4:]) or "none"}; scale {scale}')
         return ''
 
 

@@ -293,7 +293,8 @@ def main(defaults):
             if line.split(':')[0].split('.')[0] not in FREE:
                 fail(f'--resume goes on with the same run, but {line}; for a changed one: '
                      f'--init_from={start["path"]} --out_dir=NEW')
-            say(f'resume: {line}')
+            if not line.startswith('resume:'):
+                say(f'resume: {line}')
         model.load_state_dict(start.pop('model'))
         step = start['step'] if resuming or init_step < 0 else init_step
         if step == start['step']:
@@ -332,7 +333,9 @@ def main(defaults):
     N = model.num_params(embedding=False)
     say(f'{model.num_params():,} parameters, {N:,} outside the embedding; '
         f'{sum(size):,} tokens, {sum(size) / N:.3g} a parameter outside it')
-    say(f'{where}, {"bf16" if bf16 else "fp32"}, {torch.get_num_threads()} threads, to {run}'
+    formats = ('bf16' if bf16 else 'fp32') + {False: '', True: ', FP8 in blocks',
+                                              'dynamic': ', dynamic FP8 in blocks'}[fp8]
+    say(f'{where}, {formats}, {torch.get_num_threads()} threads, to {run}'
         + (', where there is no checkpoint yet' if resume and not resuming else ''))
 
     # Compiling pays where eager would take minutes. On macOS and MPS users report NaN losses.

@@ -375,6 +375,10 @@ def test_a_trace_tells_the_last_amaxes_in_order():
     step(layer, math.nan * x, grad)
     assert scaling.trace(scaling.collect()) == \
         '; blocks.0: its input has amax nan; before 4, 5, 6, 7; scale 64'
+    layer, scaling = linear(dynamic=True)
+    step(layer, math.nan * x, grad)
+    assert scaling.trace(scaling.collect()) == \
+        '; blocks.0: its input has amax nan; before none; scale its own'
 
 
 def test_all_amaxes_go_in_one_collective(monkeypatch):
@@ -665,6 +669,9 @@ def test_nothing_saturates_by_its_own_amax():
     for seed in range(100):
         step(layer, gaussian(32, 64, seed=seed), gaussian(32, 96, seed=seed + 100))
         assert all(row['saturated'] == (0, 0) for row in scaling.report().values())
+        scaling.watch(True)
+        scaling.update(scaling.collect())
+        assert all(row['jump'] == 0 for row in scaling.report().values())
 
 
 def test_scales_of_another_format_follow_from_the_same_history():
