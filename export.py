@@ -153,9 +153,8 @@ def our_config(config):
                             output_scale=number('mup_output_scale', 1.0),
                             mup_base_width=number('mup_base_width', 256, int))
     # mup_table solved for the scales; a Llama's factors are 1, but for that of q·k
-    one = model_type == 'granite'
     embedding, attention, branch, divisor = (
-        number(key, 1.0) if one else default for key, default in (
+        number(key, 1.0) if model_type == 'granite' else default for key, default in (
             ('embedding_multiplier', 1.0), ('attention_multiplier', 1 / math.sqrt(hd)),
             ('residual_multiplier', 1.0), ('logits_scaling', 1.0)))
     return XmodelConfig(**shape, input_scale=embedding, attention_scale=attention * hd,
@@ -184,7 +183,7 @@ def write_json(path, content):
 
 
 def tensors_of(state, c):
-    """(parameter, Llama's name, tensor) of a state dict, one by one; ValueError if not finite."""
+    """(Llama's name, tensor) of a state dict, one by one; ValueError if not finite in dtype."""
     for ours, theirs, rows, _ in tqdm(hf_tensors(c), unit='tensor', disable=None):
         t = state[ours][rows]
         kind = DTYPES[dtype][0] or torch.float16                   # q8_0 has scales in fp16

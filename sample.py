@@ -99,17 +99,16 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 def stream(model, tokenizer, ids, eos_id, generator):
     """Print a continuation of the token ids while it grows; returns its length in tokens."""
-    text, n = tokenizer.decode(ids), 0
-    told, written = len(text), list(ids)                            # characters; ids with the new
+    written, a, b, n = list(ids), 0, len(ids), 0      # told so far: [:b]; [a:b] is read for context
     for n, token in enumerate(generate(model, [ids], max_new_tokens, temperature, top_k, top_p,
                                        eos_id, generator), 1):
         if token.item() not in (eos_id, *range(tokenizer.n_vocab, model.config.vocab_size)):
             written.append(token.item())
-            text = tokenizer.decode(written)
+            text = tokenizer.decode(written[a:])
             if not text.endswith('\ufffd'):                      # a token may end mid-character
-                print(text[told:], end='', flush=True)
-                told = len(text)
-    print(text[told:], flush=True)
+                print(text[len(tokenizer.decode(written[a:b])):], end='', flush=True)
+                a, b = b, len(written)
+    print(tokenizer.decode(written[a:])[len(tokenizer.decode(written[a:b])):], flush=True)
     return n
 
 
