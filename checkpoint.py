@@ -19,11 +19,12 @@ import torch
 
 from configurator import fail
 from model import Xmodel, XmodelConfig
-from tokenizer import EOS_ID
+from tokenizer import BOS_ID, EOS_ID
 
 # what a file of bare weights, {'config': ..., 'model': ...}, is taken to hold besides
 BARE = {'knobs': {}, 'step': 0, 'tokens': 0, 'recent': [], 'watch': (-50, 0.0),
-        'optimizer': None, 'optimizer_states': [], 'fp8': None, 'eos_id': EOS_ID}
+        'optimizer': None, 'optimizer_states': [], 'fp8': None,
+        'bos_id': BOS_ID, 'eos_ids': [EOS_ID]}
 
 
 def replace_file(path, write):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from checkpoint import load_model
 from configurator import check_range, configure, fail
 from data_prep import get_windows, open_data
-from sample import generate
+from generate import generate
 from tokenizer import EOS_ID, get_tokenizer
 
 checkpoint = 'out/proxy20m'   # a step_N.pt, or a run's folder: its newest checkpoint
@@ -54,7 +54,8 @@ def arithmetic(model, dataset, tokenizer):
     for i in tqdm(range(0, len(pairs), size), desc='problems', leave=False, disable=None):
         batch = pairs[i:i + size]
         longest = max(len(completion) for _, completion in batch)
-        columns = list(generate(model, [p for p, _ in batch], 2 * longest, 0.0, stop_token=EOS_ID))
+        columns = [ids for ids, _ in generate(model, [p for p, _ in batch], 2 * longest, 0.0,
+                                              stop_ids=[EOS_ID])]
         for (_, completion), ids in zip(batch, torch.stack(columns, dim=1).tolist()):
             written, right = (answer(tokenizer.decode([t for t in text if t != EOS_ID]))
                               for text in (ids, completion))

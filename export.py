@@ -423,11 +423,12 @@ def from_huggingface(folder, target):
             state[ours] = torch.empty(shapes[ours])
         state[ours][rows] = t
     about = {'config': asdict(c), 'model': state}
-    if own:                                                        # ours ends texts with EOS_ID
+    if own:                                                        # ours has BOS_ID and EOS_ID
         there = folder / 'generation_config.json'
-        eos = (read_json(there) if there.exists() else {}).get('eos_token_id',
-                                                               config.get('eos_token_id'))
-        about['eos_id'] = next(iter(eos), None) if isinstance(eos, list) else eos
+        ends = (read_json(there) if there.exists() else {}).get('eos_token_id',
+                                                                config.get('eos_token_id'))
+        about['eos_ids'] = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        about['bos_id'] = config.get('bos_token_id')
     with new_path(target) as run:
         run.mkdir()
         replace_file(run / 'step_0.pt', lambda f: torch.save(about, f))

@@ -1,127 +1,155 @@
-"""Write text with a trained model, token by token.
+"""Write text with a trained model, token by token; or talk with it.
 
     python sample.py out/proxy20m --prompt="def fib(n):"       # newest checkpoint of the run
-    python sample.py out/proxy20m/step_800.pt --num_samples=3 --temperature=0.7
+    python sample.py out/proxy20m/step_800.pt --num_samples=3 --temperature=0.7 --stop='["\\n\\n"]'
     cat question.txt | python sample.py out/proxy20m --prompt=-
+    python sample.py out/proxy20m --chat                       # Ctrl-D ends it
+    python sample.py out/proxy20m --batch=FILE.jsonl --format=json > answers.jsonl
 
 The text streams to stdout as it is made, the speed goes to stderr. A KV cache keeps each token's
 keys and values, so a new token costs one pass over one position, not over the whole text.
+
+A line of FILE.jsonl is {"prompt": ...}, or {"messages": [{"role": "user", "content": ...}, ...]}.
+With --format=json a sample is a line: "prompt", "text", "ids" as they were drawn, their "logprobs"
+(natural logarithms of the model's own probabilities, before temperature, top_k and top_p), and
+"finish": why it ended, 'eos' (the model ended its document), 'stop' (a stop string) or 'length'.
 """
 import contextlib
+import json
 import math
 import sys
 import time
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from checkpoint import load_model
 from configurator import check_range, configure, fail
-from model import rope_angles
-from tokenizer import tokenizer_of
+from generate import Decoder, complete
+from tokenizer import OtherTokenizer, chat_prompt, tokenizer_of
 
 checkpoint = 'out/proxy20m'   # a step_N.pt, or a run's folder: its newest checkpoint
 prompt = 'def '               # text to continue; - reads it from standard input
-num_samples = 1
+batch = ''                    # a .jsonl file of prompts in place of one
+chat = False                  # a conversation: lines of standard input, and an answer to each
+num_samples = 1               # of each prompt
 max_new_tokens = 200          # a sample ends earlier where the model ends the document
+stop = []                     # strings that end a sample, and are left out: '["\n\n", "Question:"]'
 temperature = 0.8             # 0.0 always takes the likeliest token
 top_k = 0                     # sample from the top_k likeliest tokens; 0: from all
 top_p = 0.95                  # sample from the likeliest tokens that make up this mass
+batch_size = 8                # samples at a time
+format = 'text'               # 'text' | 'json'
 seed = 1337
+compile = False               # compile a step: a minute at first, and then twice as fast
 device = 'cpu'                # or 'cuda', 'mps'; at batch 1 a small model is fast enough on a CPU
-
-
-# --------------------------------------------------------------------------------------------------
-# Generation
-
-class KVCache:
-    """One layer's keys and values, (B, n_kv_head, max_len, hd) each, filled from the left."""
-
-    def __init__(self, B, c, max_len):
-        self.shape, self.end, self.kv = (B, c.n_kv_head, max_len, c.hd), 0, None
-
-    def append(self, k, v):
-        """k, v (B, n_kv_head, T, hd) of the next T positions -> those of all positions so far."""
-        if self.kv is None:                                        # now dtype and device are known
-            self.kv = k.new_empty(2, *self.shape)
-        self.end += k.size(2)
-        self.kv[0, :, :, self.end - k.size(2):self.end] = k
-        self.kv[1, :, :, self.end - k.size(2):self.end] = v
-        return self.kv[:, :, :, :self.end]
-
-
-@torch.no_grad()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_token=None,
-             generator=None):
-    """Continue B prompts, non-empty lists of token ids of any lengths; yields (B,) ids a step.
-
-    temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole. A row that has
-    met stop_token repeats it, and generation ends when all rows have.
-    """
-    c, device = model.config, model.embed.weight.device
-    P = max(map(len, prompts))
-    pad = torch.tensor([P - len(p) for p in prompts], device=device)        # (B,), on the left
-    idx = torch.tensor([[0] * (P - len(p)) + list(p) for p in prompts], device=device)  # (B, P)
-    cache = [KVCache(len(prompts), c, P + max_new_tokens) for _ in model.blocks]
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for total in range(P, P + max_new_tokens):
-        keys = torch.arange(total, device=device)                           # cache's columns
-        queries = keys[-idx.size(1):, None]                                 # (Tq, 1)
-        positions = (queries[:, 0] - pad[:, None]).clamp(min=0)             # (B, Tq)
-        cos, sin = rope_angles(positions, c.hd, c.rope_theta)               # (B, Tq, 1, hd/2)
-        start = pad[:, None, None]              # padding sees padding: no key at all gives NaN
-        mask = (keys <= queries) & ((keys >= start) | (queries < start))    # (B, Tq, total)
-        x = model.hidden(idx, cos, sin, cache, mask[:, None])               # (B, Tq, C)
-        logits = model.logits(x[:, -1]).float()                             # (B, vocab_size)
-        token = sample_token(logits, temperature, top_k, top_p, generator)  # (B,)
-        if stop_token is not None:
-            token = token.masked_fill(done, stop_token)
-            done |= token == stop_token
-        yield token
-        if done.all():
-            return
-        idx = token[:, None]                                                # (B, 1)
-
-
-def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """logits (B, vocab_size) -> ids (B,), of the top_k likeliest and those making up mass top_p."""
-    if min(temperature, top_p) < 1e-6:                # in fp32 a division by it would overflow
-        return logits.argmax(-1)
-    logits, ids = (logits / temperature).sort(descending=True)     # (B, vocab_size) each
-    if top_k:
-        logits[:, top_k:] = -math.inf
-    p = logits.softmax(-1)
-    p[p.cumsum(-1) - p >= top_p] = 0                               # the likeliest always stays
-    return ids.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 
 # --------------------------------------------------------------------------------------------------
 # The script
 
-def stream(model, tokenizer, ids, eos_id, generator):
-    """Print a continuation of the token ids while it grows; returns its length in tokens."""
-    written, a, b, n = list(ids), 0, len(ids), 0      # told so far: [:b]; [a:b] is read for context
-    for n, token in enumerate(generate(model, [ids], max_new_tokens, temperature, top_k, top_p,
-                                       eos_id, generator), 1):
-        if token.item() not in (eos_id, *range(tokenizer.n_vocab, model.config.vocab_size)):
-            written.append(token.item())
-            text = tokenizer.decode(written[a:])
-            if not text.endswith('\ufffd'):                      # a token may end mid-character
-                print(text[len(tokenizer.decode(written[a:b])):], end='', flush=True)
-                a, b = b, len(written)
-    print(tokenizer.decode(written[a:])[len(tokenizer.decode(written[a:b])):], flush=True)
-    return n
+def read_batch(file):
+    """The prompts in the lines of a .jsonl file; ValueError names the line that has none."""
+    prompts = []
+    try:
+        for n, line in enumerate(Path(file).read_text(encoding='utf-8').splitlines(), 1):
+            try:
+                match json.loads(line):
+                    case {'prompt': str(text)} if text:
+                        prompts.append(text)
+                    case {'messages': [*turns]} if turns:
+                        prompts.append(chat_prompt(turns))
+                    case _:
+                        raise ValueError
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise ValueError(f'{file}: line {n} should be {{"prompt": TEXT}} or {{"messages": '
+                                 '[{"role": ..., "content": ...}, ...]}') from None
+    except OSError as e:
+        raise ValueError(f'{file}: {e.strerror}') from None
+    except UnicodeDecodeError:
+        raise ValueError(f'{file} is not UTF-8') from None
+    if not prompts:
+        raise ValueError(f'{file} holds no prompt')
+    return prompts
+
+
+def as_json(text, row):
+    return json.dumps({'prompt': text, 'text': row.text, 'ids': row.ids, 'logprobs': row.logprobs,
+                       'finish': row.finish}, ensure_ascii=False)
+
+
+def tell(text):
+    print(text, end='', flush=True)
+
+
+def write(model, tokenizer, texts, how):
+    """num_samples of each text: one text streams, several go batch_size at a time."""
+    texts = [text for text in texts for _ in range(num_samples)]
+    streams = format == 'text' and not batch
+    size = 1 if streams else batch_size
+    for i in tqdm(range(0, len(texts), size), unit='batch', leave=False,
+                  disable=None if batch and not sys.stdout.isatty() else True):
+        began, part = time.time(), texts[i:i + size]
+        if streams:
+            tell(('-' * 80 + '\n' if i else '') + part[0])
+        rows = complete(model, tokenizer, [tokenizer.encode_ordinary(text) for text in part],
+                        tell=tell if streams else None, **how)
+        n = sum(len(row.ids) for row in rows)
+        for j, (text, row) in enumerate(zip(part, rows), i):
+            if streams:
+                print(flush=True)
+            elif format == 'json':
+                print(as_json(text, row), flush=True)
+            else:
+                print(('-' * 80 + '\n' if j else '') + text + row.text, flush=True)
+        print(f'{n} tokens, {n / (time.time() - began):.1f} tok/s', file=sys.stderr)
+
+
+def converse(model, tokenizer, how):
+    """Answer each line of standard input, with what was said before."""
+    decoder = Decoder(model, torch.zeros(1, dtype=torch.long, device=model.embed.weight.device),
+                      compile)
+    turns, read = [], []                                  # read: the ids that the decoder has read
+    while True:
+        if sys.stdin.isatty():
+            tell('User: ')
+        if not (line := sys.stdin.readline()):
+            return
+        if not line.strip():
+            continue
+        turns.append({'role': 'user', 'content': line.strip()})
+        ids = tokenizer.encode_ordinary(chat_prompt(turns))
+        while len(ids) + max_new_tokens > model.config.block_size and len(turns) > 1:
+            del turns[:2]                                 # the oldest turn and its answer
+            ids = tokenizer.encode_ordinary(chat_prompt(turns))
+        # as text the answer may be cut into other tokens than those drawn: read again from there
+        decoder.end = next((i for i, (a, b) in enumerate(zip(ids[:-1], read)) if a != b),
+                           min(len(ids) - 1, len(read)))
+        if format == 'text' and sys.stdin.isatty():
+            tell('Assistant:')
+        row, = complete(model, tokenizer, [ids[decoder.end:]], decoder=decoder,
+                        tell=tell if format == 'text' else None, **how)
+        print(as_json(chat_prompt(turns), row) if format == 'json' else '', flush=True)
+        turns.append({'role': 'assistant', 'content': row.text.strip()})
+        read = (ids + row.ids)[:decoder.end]
 
 
 def main():
-    text = sys.stdin.read() if prompt == '-' else prompt
+    text = sys.stdin.read() if prompt == '-' and not batch and not chat else prompt
     if not text:
         fail('the prompt is empty; give some text to continue')
-    check_range(globals(), 1, math.inf, 'num_samples', 'max_new_tokens')
+    check_range(globals(), 1, math.inf, 'num_samples', 'max_new_tokens', 'batch_size')
     check_range(globals(), 0, math.inf, 'temperature', 'top_k')
     check_range(globals(), 0, 2**63, 'seed')
     if not 0 < top_p <= 1:
         fail(f'top_p={top_p} should be above 0 and at most 1')
+    if not all(isinstance(s, str) and s for s in stop):
+        fail(f'stop={stop} should be a list of strings, such as ["\\n\\n"]')
+    if chat and (batch or num_samples > 1):
+        fail('--chat is a conversation: without --batch and --num_samples')
     try:
+        texts = read_batch(batch) if batch else [text]
         generator = torch.Generator(device).manual_seed(seed)
         model, about = load_model(checkpoint, torch.device(device))
         tokenizer = tokenizer_of(about)
@@ -129,14 +157,14 @@ def main():
         fail(e)
     except (RuntimeError, AssertionError) as e:
         fail(f'device={device!r} cannot be used here: {str(e).splitlines()[0][:120]}')
-    ids = tokenizer.encode_ordinary(text)
-    for i in range(num_samples):
-        if i:
-            print('-' * 80)
-        print(text, end='', flush=True)
-        start = time.time()
-        n = stream(model, tokenizer, ids, about['eos_id'], generator)
-        print(f'{n} tokens, {n / (time.time() - start):.1f} tok/s', file=sys.stderr)
+    if chat and isinstance(tokenizer, OtherTokenizer):
+        fail(f'{about["path"]} has a tokenizer of its own, with a chat template that is not read')
+    how = {'max_new_tokens': max_new_tokens, 'temperature': temperature, 'top_k': top_k,
+           'top_p': top_p, 'stop_ids': about['eos_ids'], 'generator': generator}
+    if chat:                                     # a weak model goes on, and plays the user as well
+        converse(model, tokenizer, how | {'stop': [*stop, '\n\nUser:']})
+    else:
+        write(model, tokenizer, texts, how | {'stop': stop, 'compiled': compile})
 
 
 if __name__ == '__main__':

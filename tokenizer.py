@@ -128,6 +128,15 @@ class OtherTokenizer:
         return self.tokenizer.decode(ids)
 
 
+@lru_cache
+def special_ids(tokenizer):
+    """The ids of a tokenizer that stand for no text, as the end of a document."""
+    if isinstance(tokenizer, OtherTokenizer):
+        added = tokenizer.tokenizer.get_added_tokens_decoder()
+        return frozenset(i for i, token in added.items() if token.special)
+    return frozenset(map(tokenizer.encode_single_token, tokenizer.special_tokens_set))
+
+
 def tokenizer_of(checkpoint):
     """The tokenizer of a checkpoint, as read_checkpoint gives it: the one beside it, or ours."""
     file = Path(checkpoint['path']).with_name('tokenizer.json')

@@ -14,8 +14,8 @@ from test_tokenizer import original
 
 import export
 from checkpoint import load_model, read_checkpoint
+from generate import generate
 from model import Xmodel, XmodelConfig
-from sample import generate
 from tokenizer import EOS_ID, chat_prompt, get_tokenizer, tokenizer_of
 
 transformers = pytest.importorskip('transformers')
@@ -60,7 +60,7 @@ def test_what_is_written_is_the_same_network_in_stock_transformers(tmp_path, nam
     with torch.no_grad():
         ours, hf = model(idx)[0], theirs(idx).logits
     assert (ours - hf).abs().max() < 1e-5 * max(1, ours.abs().max())
-    text = [t.item() for t in generate(model, [idx[0, :8].tolist()], 100, 0.0)]
+    text = [t.item() for t, _ in generate(model, [idx[0, :8].tolist()], 100, 0.0)]
     ids = theirs.generate(idx[:1, :8], max_new_tokens=100, do_sample=False, eos_token_id=None)
     assert text == ids[0, 8:].tolist()
 
@@ -183,7 +183,7 @@ def test_another_models_tokenizer_stays_with_it(exported, tmp_path):
     done = run('export.py', '--from_hf', hf, tmp_path / 'run')
     assert done.returncode == 0 and 'with a tokenizer of its own' in done.stdout
     about = read_checkpoint(tmp_path / 'run')
-    assert about['eos_id'] == 7
+    assert about['eos_ids'] == [7, 9]
     read = tokenizer_of(about)
     assert read.encode_ordinary('c b a') == [2, 1, 0] and read.decode([2, 1, 0]) == 'c b a'
     assert 26 not in read.encode_ordinary('a!')                  # text makes no special token

@@ -1,4 +1,4 @@
-"""model.py: network against transformers' Granite, loss, µP's table, generation, loading."""
+"""model.py: network against transformers' Granite, loss, µP's table, loading."""
 import json
 import math
 import pickle
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import configurator
-import sample
 import train
 from checkpoint import load_model
 from model import (
@@ -394,72 +393,6 @@ def test_later_tokens_do_not_change_earlier_logits():
     a, b = model(idx)[0], model(changed)[0]
     assert torch.equal(a[:, :25], b[:, :25])
     assert ((a - b)[0, 25:].abs().amax(-1) > 1e-3).all()         # all later ones see the change
-
-
-# --- generation ---
-
-def generate(model, prompts, n, **knobs):
-    """(B, steps) ids; a seed makes the generator."""
-    if 'seed' in knobs:
-        knobs['generator'] = torch.Generator().manual_seed(knobs.pop('seed'))
-    return torch.stack(list(sample.generate(model, prompts, n, **knobs)), dim=1)
-
-
-def test_cached_greedy_equals_recomputation():
-    # strong branches, since with weak ones the tied embedding just repeats the last token;
-    # block_size is 64, and 200 tokens cross it
-    model = build(replace(TINY, residual_scale=60.0))
-    prompts = [ids(TINY, n, seed=n).tolist() for n in (3, 17, 1)]
-    rows = generate(model, prompts, 200, temperature=0).tolist()
-    for prompt, row in zip(prompts, rows):
-        assert len(row) == 200 and len(set(row)) > 10            # not stuck on one token
-        # row by row and without cache: the logits at t are those of model(seq[:t + 1]) (causality)
-        logits = model(torch.tensor([prompt + row]))[0][0]
-        assert logits.argmax(-1)[len(prompt) - 1:-1].tolist() == row
-        last = model(torch.tensor([prompt + row[:-1]]))[0][0, -1]
-        assert last.argmax() == row[-1]
-
-
-def test_stopped_rows_repeat_the_stop_token():
-    model = build(replace(TINY, vocab_size=8))
-    prompts, knobs = [[1], [2, 3], [4, 5, 6]], {'temperature': 5.0, 'seed': 0}
-    free = generate(model, prompts, 100, **knobs)
-    ends = [row.index(7) for row in free.tolist()]               # each row's first stop token
-    assert len(set(ends)) == 3 and max(ends) < 99
-    stopped = generate(model, prompts, 100, stop_token=7, **knobs)
-    assert stopped.size(1) == max(ends) + 1
-    for row, whole, end in zip(stopped.tolist(), free.tolist(), ends):
-        assert row == whole[:end] + [7] * (len(row) - end)
-
-
-def test_truncation_to_one_token_is_greedy_and_a_seed_fixes_sampling():
-    model, prompts = build(TINY), [[1, 2], [3]]
-    greedy = generate(model, prompts, 30, temperature=0)
-    assert torch.equal(generate(model, prompts, 30, top_k=1), greedy)
-    assert torch.equal(generate(model, prompts, 30, top_p=1e-6), greedy)
-    a, b, c = (generate(model, prompts, 30, seed=s) for s in (0, 0, 1))
-    assert torch.equal(a, b)
-    assert not torch.equal(a, c) and not torch.equal(a, greedy)
-
-
-@pytest.mark.parametrize('knobs, expected', [                    # of p = 0.1, 0.4, 0.05, 0.25, 0.2
-    ({}, [0.1, 0.4, 0.05, 0.25, 0.2]),
-    ({'top_k': 2}, [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),
-    ({'top_k': 99}, [0.1, 0.4, 0.05, 0.25, 0.2]),
-    ({'top_p': 0.7}, [0, 0.4 / 0.85, 0, 0.25 / 0.85, 0.2 / 0.85]),   # 0.4 + 0.25 do not make 0.7
-    ({'top_p': 0.6}, [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),
-    ({'temperature': 0.5}, [0.01 / 0.275, 0.16 / 0.275, 0.0025 / 0.275, 0.0625 / 0.275,
-                            0.04 / 0.275]),                          # p², normalised
-])
-def test_sample_token_draws_from_the_truncated_softmax(knobs, expected):
-    n, p, expected = 20_000, torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2]), torch.tensor(expected)
-    logits = (p.log() + 3).expand(n, 5)
-    tokens = sample.sample_token(logits, generator=torch.Generator().manual_seed(0), **knobs)
-    counts = tokens.bincount(minlength=5)
-    assert (counts[expected == 0] == 0).all()
-    kept = expected > 0
-    chi2 = ((counts - n * expected)[kept] ** 2 / (n * expected)[kept]).sum()
-    assert chi2 < 20                                             # 4 degrees of freedom: 1 in 2000
 
 
 # --- loading: a file from elsewhere is one line, and runs no code ---

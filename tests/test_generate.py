@@ -1,0 +1,244 @@
+"""generate.py and sample.py: decoding on a KV cache, stop strings, batches of prompts, chat."""
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import refused, run
+from test_model import TINY, build, ids, one_thread  # noqa: F401             (a fixture)
+
+import generate
+from checkpoint import load_model
+from generate import Continuation, Decoder
+from tokenizer import EOS_ID, chat_prompt, get_tokenizer
+
+
+def ids_of(model, prompts, n, **knobs):
+    """(B, steps) ids; a seed makes the generator."""
+    if 'seed' in knobs:
+        knobs['generator'] = torch.Generator().manual_seed(knobs.pop('seed'))
+    return torch.stack([ids for ids, _ in generate.generate(model, prompts, n, **knobs)], dim=1)
+
+
+def test_cached_greedy_equals_recomputation():
+    # strong branches, since with weak ones the tied embedding just repeats the last token;
+    # block_size is 64, and 200 tokens cross it
+    model = build(replace(TINY, residual_scale=60.0))
+    prompts = [ids(TINY, n, seed=n).tolist() for n in (3, 17, 1)]
+    rows = ids_of(model, prompts, 200, temperature=0).tolist()
+    for prompt, row in zip(prompts, rows):
+        assert len(row) == 200 and len(set(row)) > 10            # not stuck on one token
+        # row by row and without cache: the logits at t are those of model(seq[:t + 1]) (causality)
+        logits = model(torch.tensor([prompt + row]))[0][0]
+        assert logits.argmax(-1)[len(prompt) - 1:-1].tolist() == row
+        last = model(torch.tensor([prompt + row[:-1]]))[0][0, -1]
+        assert last.argmax() == row[-1]
+
+
+def test_stopped_rows_repeat_the_stop_token():
+    model = build(replace(TINY, vocab_size=8))
+    prompts, knobs = [[1], [2, 3], [4, 5, 6]], {'temperature': 5.0, 'seed': 0}
+    free = ids_of(model, prompts, 100, **knobs)
+    ends = [row.index(7) for row in free.tolist()]               # each row's first stop token
+    assert len(set(ends)) == 3 and max(ends) < 99
+    stopped = ids_of(model, prompts, 100, stop_ids=[7], **knobs)
+    assert stopped.size(1) == max(ends) + 1
+    for row, whole, end in zip(stopped.tolist(), free.tolist(), ends):
+        assert row == whole[:end] + [7] * (len(row) - end)
+
+
+def test_truncation_to_one_token_is_greedy_and_a_seed_fixes_sampling():
+    model, prompts = build(TINY), [[1, 2], [3]]
+    greedy = ids_of(model, prompts, 30, temperature=0)
+    assert torch.equal(ids_of(model, prompts, 30, top_k=1), greedy)
+    assert torch.equal(ids_of(model, prompts, 30, top_p=1e-6), greedy)
+    a, b, c = (ids_of(model, prompts, 30, seed=s) for s in (0, 0, 1))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c) and not torch.equal(a, greedy)
+
+
+@pytest.mark.parametrize('knobs, expected', [                    # of p = 0.1, 0.4, 0.05, 0.25, 0.2
+    ({}, [0.1, 0.4, 0.05, 0.25, 0.2]),
+    ({'top_k': 2}, [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),
+    ({'top_k': 99}, [0.1, 0.4, 0.05, 0.25, 0.2]),
+    ({'top_p': 0.7}, [0, 0.4 / 0.85, 0, 0.25 / 0.85, 0.2 / 0.85]),   # 0.4 + 0.25 do not make 0.7
+    ({'top_p': 0.6}, [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),
+    ({'temperature': 0.5}, [0.01 / 0.275, 0.16 / 0.275, 0.0025 / 0.275, 0.0625 / 0.275,
+                            0.04 / 0.275]),                          # p², normalised
+])
+def test_sample_token_draws_from_the_truncated_softmax(knobs, expected):
+    n, p, expected = 20_000, torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2]), torch.tensor(expected)
+    logits = (p.log() + 3).expand(n, 5)
+    tokens = generate.sample_token(logits, generator=torch.Generator().manual_seed(0), **knobs)
+    counts = tokens.bincount(minlength=5)
+    assert (counts[expected == 0] == 0).all()
+    kept = expected > 0
+    chi2 = ((counts - n * expected)[kept] ** 2 / (n * expected)[kept]).sum()
+    assert chi2 < 20                                             # 4 degrees of freedom: 1 in 2000
+
+
+def test_log_probabilities_are_those_of_the_whole_distribution():
+    model = build(TINY)
+    prompt, drawn = [3, 5, 7], []
+    for token, logprob in generate.generate(model, [prompt], 20, 0.7, top_k=5,
+                                            generator=torch.Generator().manual_seed(0)):
+        drawn.append((token.item(), logprob.item()))
+    text = [*prompt, *(token for token, _ in drawn)]
+    right = model.double()(torch.tensor([text]))[0][0].log_softmax(-1)
+    for at, (token, logprob) in enumerate(drawn, len(prompt) - 1):
+        assert abs(right[at, token].item() - logprob) < 1e-4
+
+
+@pytest.mark.parametrize('rows, N, K', [(1, 64, 32), (8, 96, 40), (3, 60, 32), (40, 64, 32)])
+def test_a_product_in_slices_is_the_product(rows, N, K):
+    x, weight = torch.randn(rows, 1, K), torch.randn(N, K)
+    right = x.double() @ weight.double().T
+    assert torch.allclose(generate.sliced_linear(x, weight).double(), right, atol=1e-5)
+
+
+def test_a_text_read_in_parts_is_the_text_read_at_once():
+    model, text = build(TINY), ids(TINY, 2, 50)
+    whole = Decoder(model, torch.tensor([0, 4]))
+    right = whole(text)
+    parts = Decoder(model, torch.tensor([0, 4]))
+    for part in text.split((7, 1, 1, 30, 11), dim=1):             # room is made five times
+        got = parts(part)
+    assert torch.allclose(got, right, atol=1e-4 * right.abs().max())
+    assert parts.max_len > parts.end == 50
+    parts.end = 20                                                # back to an earlier place
+    again = parts(text[:, 20:])
+    assert torch.allclose(again, right, atol=1e-4 * right.abs().max())
+
+
+def test_compiled_steps_draw_the_same_tokens():
+    model = build(replace(TINY, n_layer=1, residual_scale=60.0))
+    prompts = [ids(TINY, n, seed=n).tolist() for n in (3, 17)]
+    eager = ids_of(model, prompts, 30, temperature=0)
+    assert torch.equal(ids_of(model, prompts, 30, temperature=0, compiled=True), eager)
+
+
+def told(tokens, stop, tokenizer, stop_ids=(EOS_ID,)):
+    """(text in the pieces in which it was told, the Continuation) of tokens one by one."""
+    row, pieces = Continuation(tokenizer, [], stop, stop_ids), []
+    for token in tokens:
+        row.add(token, 0.0)
+        pieces.append(row.news())
+    row.end()
+    return [*pieces, row.news()], row
+
+
+@pytest.mark.parametrize('text, stop, expected, finish', [
+    ('one two three', [], 'one two three', 'length'),
+    ('one two three', [' two'], 'one', 'stop'),
+    ('one two three', ['wo th'], 'one t', 'stop'),               # across tokens
+    ('one two three', ['three', 'two'], 'one ', 'stop'),         # the first of them in the text
+    ('one two three', ['three and'], 'one two three', 'length'),  # begins, and is not ended
+    ('日本語', ['本'], '日', 'stop'),                              # characters of several tokens
+])
+def test_a_stop_string_ends_the_text_and_is_never_told(text, stop, expected, finish):
+    tokenizer = get_tokenizer(259)                               # a token is a byte
+    pieces, row = told(tokenizer.encode_ordinary(text), stop, tokenizer)
+    assert (row.text, row.finish, ''.join(pieces)) == (expected, finish, expected)
+    for n in range(len(pieces)):                                 # at no time more than that
+        assert expected.startswith(''.join(pieces[:n]))
+
+
+def test_what_ends_a_continuation():
+    tokenizer = get_tokenizer(259)
+    a, b = tokenizer.encode_ordinary('ab')
+    pieces, row = told([a, EOS_ID, b], [], tokenizer)
+    assert (row.text, row.finish, row.ids) == ('a', 'eos', [a, EOS_ID])
+    pieces, row = told([a, 0, 300, b], [], tokenizer)             # specials and padding are no text
+    assert (row.text, row.finish) == ('ab', 'length')
+    pieces, row = told(tokenizer.encode_ordinary('é')[:1], [], tokenizer)
+    assert row.text == '\ufffd' == ''.join(pieces)               # half a character, at the end
+    assert told([a, b, a], [], tokenizer, (a, b))[1].ids == [a]   # several ids may end it
+
+
+# --- the script ---
+
+def lines(process):
+    assert process.returncode == 0, process.stderr
+    return [json.loads(line) for line in process.stdout.splitlines()]
+
+
+@pytest.fixture(scope='module')
+def batch(tmp_path_factory):
+    file = tmp_path_factory.mktemp('batch') / 'b.jsonl'
+    file.write_text('{"prompt": "import os"}\n{"prompt": "Question: Tom has 3 apples."}\n'
+                    '{"messages": [{"role": "user", "content": "Hi"}]}\n', encoding='utf-8')
+    return file
+
+
+def test_a_batch_answers_each_prompt_as_it_would_alone(tiny_run, batch):
+    greedy = ('--temperature=0.0', '--max_new_tokens=12', '--format=json')
+    rows = lines(run('sample.py', tiny_run, f'--batch={batch}', '--batch_size=2', *greedy))
+    prompts = ['import os', 'Question: Tom has 3 apples.', 'User: Hi\n\nAssistant:']
+    assert [row['prompt'] for row in rows] == prompts
+    model, _ = load_model(tiny_run)
+    tokenizer = get_tokenizer(512)
+    for row in rows:
+        text = tokenizer.encode_ordinary(row['prompt'])
+        for token, logprob in zip(row['ids'], row['logprobs'], strict=True):
+            right = model(torch.tensor([text]))[0][0, -1].log_softmax(-1)
+            assert right.argmax() == token and abs(right[token] - logprob) < 1e-4
+            text.append(token)
+        assert row['finish'] == 'length' and tokenizer.decode(row['ids']) == row['text']
+    texts = run('sample.py', tiny_run, f'--batch={batch}', *greedy[:2])
+    assert texts.stdout == ('-' * 80 + '\n').join(f'{r["prompt"]}{r["text"]}\n' for r in rows)
+
+
+def test_samples_and_stop_strings(tiny_run, batch):
+    args = (tiny_run, f'--batch={batch}', '--num_samples=2', '--max_new_tokens=30',
+            '--format=json', '--temperature=1.5')
+    rows = lines(run('sample.py', *args))
+    assert [row['prompt'] for row in rows[::2]] == [row['prompt'] for row in rows[1::2]]
+    assert len(rows) == 6 and rows[0]['ids'] != rows[1]['ids']
+    assert rows == lines(run('sample.py', *args))                # a seed fixes all
+    stop = rows[0]['text'][5:8]
+    again = lines(run('sample.py', *args, f'--stop={[stop]!r}'))
+    assert again[0]['text'] == rows[0]['text'].partition(stop)[0] and again[0]['finish'] == 'stop'
+    assert rows[0]['ids'][:len(again[0]['ids'])] == again[0]['ids']
+
+
+def test_chat_answers_with_all_that_was_said_before(tiny_run, tmp_path):
+    greedy = ('--temperature=0.0', '--max_new_tokens=15', '--format=json')
+    said = ['Hello there.', 'What is 2 + 3?', 'And 4?']
+    answers = lines(run('sample.py', tiny_run, '--chat', *greedy, stdin='\n\n'.join(said) + '\n'))
+    turns, stop = [], '--stop=["\\n\\nUser:"]'
+    for text, answer in zip(said, answers, strict=True):
+        turns.append({'role': 'user', 'content': text})
+        assert answer['prompt'] == chat_prompt(turns)
+        (tmp_path / 'b.jsonl').write_text(json.dumps({'messages': turns}))
+        alone, = lines(run('sample.py', tiny_run, f'--batch={tmp_path / "b.jsonl"}', *greedy, stop))
+        assert alone['ids'] == answer['ids'] and alone['text'] == answer['text']
+        turns.append({'role': 'assistant', 'content': answer['text'].strip()})
+    plain = run('sample.py', tiny_run, '--chat', *greedy[:2], stdin=said[0])
+    assert plain.stdout == answers[0]['text'] + '\n'
+
+
+def test_a_long_chat_forgets_its_oldest_turns(tiny_run):
+    answers = lines(run('sample.py', tiny_run, '--chat', '--max_new_tokens=10', '--format=json',
+                        stdin='a long way to say nothing\n' * 12))       # block_size is 128
+    assert len(answers) == 12 and answers[-1]['prompt'].count('User:') < 5
+    assert answers[-1]['prompt'].startswith('User:')
+
+
+@pytest.mark.parametrize('content, why', [
+    (None, 'No such file'), ('', 'holds no prompt'), ('{"prompt": "a"}\n{"prompt"\n', 'line 2'),
+    ('{"prompt": ""}', 'line 1'), ('[1]', 'line 1'), ('{"messages": [{"role": "user"}]}', 'line 1'),
+    ('{"messages": []}', 'line 1'), ('{"prompt": 5}', 'line 1'), (b'\xff\xfe', 'UTF-8')])
+def test_a_batch_that_cannot_be_read_is_one_line(tiny_run, tmp_path, content, why):
+    file = tmp_path / 'b.jsonl'
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    line = refused(run('sample.py', tiny_run, f'--batch={file}'))
+    assert str(file) in line and why in line
+
+
+@pytest.mark.parametrize('args, why', [
+    (['--stop=[""]'], 'stop'), (['--stop=[1]'], 'stop'), (['--stop=abc'], 'stop'),
+    (['--format=xml'], 'format'), (['--batch_size=0'], 'batch_size'),
+    (['--chat', '--batch=x.jsonl'], '--chat'), (['--chat', '--num_samples=2'], '--chat')])
+def test_wrong_knobs_are_one_line(tiny_run, args, why):
+    assert why in refused(run('sample.py', tiny_run, *args))
