@@ -1,21 +1,43 @@
-"""Score a checkpoint: validation loss, perplexity, bits per byte; and arithmetic, solved or not.
+"""Score a checkpoint: on its own held-out text and sums, or on benchmarks by lm-evaluation-harness.
 
     python eval.py out/proxy20m                          # newest checkpoint of the run
     python eval.py out/proxy20m/step_800.pt              # an earlier one: here, before decay
+    python eval.py out/xmodel25 --tasks=paper --allow_code_execution        # the paper's 13 tasks
+    python eval.py out/xmodel25 --tasks=arc_easy,wikitext2 --limit=100 --resume
+    python eval.py lm_eval run --model xmodel --model_args pretrained=out/proxy20m --tasks arc_easy
 
-The arithmetic task takes the held-out problems of the data set `arith` (disjoint from the training
-problems, see data_prep.py), decodes greedily and counts a problem as solved if the number after
-`####` is the answer. The interval is Wilson's, at 95 %.
+By default what the machine has: loss (nats a token), perplexity and bits a byte of each data set of
+the run's mixture; and the held-out problems of the data set `arith` (disjoint from the training
+problems, see data_prep.py), decoded greedily, solved if the number after `####` is the answer. The
+interval is Wilson's, at 95 %.
+
+--tasks wants `pip install lm_eval`, and takes any of its tasks and groups (the last command above
+is lm-eval's own, with our model beside its others), or `wikitext2`: the perplexity of WikiText-2's
+test text, its lines joined, in windows that follow one another and do not overlap, at each of
+--lengths. `paper` is the 13 tasks, shots and metrics of Xmodel-2.5's paper. Data sets come from the
+hub, or from data_dir/OWNER/NAME, a folder laid out as there. HumanEval and MBPP run what the model
+wrote: only with --allow_code_execution, and in sandbox.py, which says what that does not contain.
+
+Scores are kept beside the checkpoint, step_N.eval.json, and as a table, step_N.eval.md.
 """
 import contextlib
+import json
+import logging
 import math
+import os
+import random
 import re
+import sys
+from functools import partial
+from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_model
-from configurator import check_range, configure, fail
+from checkpoint import load_model, replace_file
+from configurator import check_range, configure, fail, int_list
 from data_prep import get_windows, open_data
 from generate import generate
 from tokenizer import EOS_ID, get_tokenizer
@@ -26,8 +48,37 @@ eval_tokens = 50_000          # of each validation set, at most
 problems = 400                # held-out arithmetic problems, at most
 block_size = 512              # length of the validation windows
 batch_size = 8                # windows, or 8 times as many problems, at a time
+tasks = ''                    # 'paper', or lm-eval's names and wikitext2, with commas
+include_path = ''             # a folder of your own tasks' YAML files, for lm-eval
+num_fewshot = -1              # worked examples before a question; -1: as the paper, or the task
+limit = 0                     # questions of a task, at most; 0: all
+lengths = '2048,4096,8192,16384'  # of wikitext2's windows, in tokens
+batch_tokens = 8192           # tokens at a time in lm-eval's tasks
+allow_code_execution = False  # let tasks run programs that the model wrote
+resume = False                # keep the scores of tasks that are finished
+dtype = 'float32'             # 'float32' | 'bfloat16': of weights, in lm-eval's tasks
 device = 'cpu'                # or 'cuda', 'mps'
 
+PAPER = {  # task of lm-eval: shots, metric, Xmodel-2.5's published score, the same after stable 1
+    'arc_challenge': (25, 'acc_norm,none', 46.16, 30.63),
+    'arc_easy': (25, 'acc_norm,none', None, 60.06),
+    'piqa': (0, 'acc_norm,none', None, 70.35),
+    'hellaswag': (10, 'acc_norm,none', None, 55.19),
+    'winogrande': (5, 'acc,none', None, 59.59),
+    'bbh': (3, 'exact_match,get-answer', None, 26.23),
+    'mmlu': (5, 'acc,none', 49.98, 26.28),
+    'gsm8k': (8, 'exact_match,strict-match', 56.56, 1.59),
+    'minerva_math': (4, 'math_verify,none', None, None),
+    'humaneval': (0, 'pass@1,create_test', None, 0.0),
+    'mbpp': (3, 'pass_at_1,none', None, 5.4),
+    'cmmlu': (5, 'acc_norm,none', 44.29, 24.88),
+    'ceval-valid': (5, 'acc_norm,none', 43.16, 27.64),
+}
+PAPER_AVERAGE = 52.49
+
+
+# --------------------------------------------------------------------------------------------------
+# What the machine has
 
 def validation_loss(model, dataset, T):
     """(loss in nats a token, bits a byte) over eval_tokens spread over the validation split."""
@@ -77,34 +128,286 @@ def wilson(k, n, z=1.96):
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+# --------------------------------------------------------------------------------------------------
+# lm-eval's tasks
+
+def load_dataset(load, hub, path, *args, **knobs):
+    """datasets.load_dataset, but from data_dir where that has the folder `path`."""
+    local = Path(hub['data_dir'], path)
+    if not Path(path).exists() and local.is_dir():       # a task may also name a file of its own
+        path = str(local)
+    elif hub['reached'] is None and path not in ('json', 'csv', 'text', 'parquet'):
+        from huggingface_hub import constants, get_session
+        try:                                   # once, as the library would try again and again
+            get_session().head(constants.ENDPOINT, timeout=10)
+            hub['reached'] = True
+        except Exception:  # noqa: BLE001                          (of whatever HTTP library)
+            hub['reached'] = False
+            import datasets
+            constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True     # its cache is left
+    try:
+        return load(path, *args, **knobs)
+    except Exception as e:
+        if hub['reached'] is False:
+            raise ValueError(f'its data set is missing: no {local}, and the hub cannot be '
+                             'reached') from e
+        raise
+
+
+def code_eval(name, *args, **knobs):
+    """What tasks get for evaluate.load('code_eval'), which would run programs in this process."""
+    if name != 'code_eval':
+        raise ValueError(f'its metric {name} comes from the hub as a program')
+    if not allow_code_execution:
+        raise ValueError('it runs programs that the model wrote: --allow_code_execution lets it '
+                         '(what is not contained then: see sandbox.py)')
+    from sandbox import CodeEval
+    return CodeEval
+
+
+def wikitext2(model, tokenizer):
+    """{T: perplexity a token and a word, bits a byte} of WikiText-2's test set in windows of T."""
+    from datasets import load_dataset
+    text = '\n\n'.join(load_dataset('Salesforce/wikitext', 'wikitext-2-raw-v1',
+                                    split='test')['text'])
+    ids, found = torch.tensor(tokenizer.encode_ordinary(text)), {}
+    for T in int_list('lengths', lengths):
+        total = 0.0
+        starts = range(0, len(ids) - 1, T)[:limit or None]
+        for a in tqdm(starts, desc=f'wikitext2, {T} tokens', leave=False, disable=None):
+            x, y = ids[a:a + T + 1][:-1], ids[a + 1:a + T + 1]
+            with torch.no_grad():
+                total += model(x[None].to(device), y[None].to(device))[1].item() * len(y)
+        n = min(len(starts) * T, len(ids) - 1)                   # every token but the first
+        share = n / len(ids)                                       # of the text, with a limit
+        found[f'wikitext2_{T}'] = {
+            'perplexity': math.exp(total / n),
+            'word_perplexity': math.exp(total / (share * len(text.split()))),
+            'bits_per_byte': total / math.log(2) / (share * len(text.encode()))}
+    return found
+
+
+def score_task(lm, task, shots):
+    """{metric: value} of one of lm-eval's tasks, as its simple_evaluate sets it up."""
+    import lm_eval
+    if shots is not None and task.get_config('num_fewshot') != 0:
+        task.set_config(key='num_fewshot', value=shots)
+    elif task.get_config('num_fewshot') is None:
+        task.set_config(key='num_fewshot', value=0)
+    task.set_fewshot_seed(seed=1234)
+    random.seed(0)
+    np.random.seed(1234)                                           # what tasks draw from
+    torch.manual_seed(1234)
+    lm.task = task.task_name
+    found = lm_eval.evaluate(lm, {'tasks': {task.task_name: task}}, limit=limit or None,
+                             bootstrap_iters=1000, log_samples=False,
+                             confirm_run_unsafe_code=allow_code_execution)
+    return found['results'][task.task_name]
+
+
+def find_tasks(names):
+    """lm-eval's TaskManager that knows the names; ends the program in one line if there is none."""
+    from lm_eval.tasks import TaskManager
+    knobs = {'include_path': include_path or None}
+    manager = TaskManager(include_defaults=False, **knobs)
+    if any(name not in manager.all_tasks for name in names):
+        manager = TaskManager(**knobs)                             # reading all takes 20 s
+    for name in names:
+        if name not in manager.all_tasks:
+            near = [n for n in manager.all_tasks if n.startswith(name[:4])][:3]
+            fail(f'tasks: lm-eval has no task {name!r}' + (f'; {", ".join(near)}?' if near else ''))
+    return manager
+
+
+def run_tasks(names, table, save):
+    """Score the checkpoint on tasks, one by one, into table['tasks']; returns those left out."""
+    import datasets
+
+    from harness import XmodelLM
+    logging.getLogger('lm_eval').setLevel(logging.ERROR)
+    os.environ['DISABLE_MULTIPROC'] = '1'
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    manager = find_tasks([name for name in names if name != 'wikitext2'])
+    lm = XmodelLM(checkpoint, device, batch_tokens, dtype=dtype)
+    hub = {'data_dir': data_dir or lm.about['knobs'].get('data_dir', 'data'), 'reached': None}
+    left_out = []
+    with mock.patch('datasets.load_dataset', partial(load_dataset, datasets.load_dataset, hub)), \
+            mock.patch('evaluate.load', code_eval), \
+            mock.patch('lm_eval.api.task.tqdm', partial(tqdm, leave=False, disable=None)):
+        for name in names:
+            shots = num_fewshot if num_fewshot >= 0 else PAPER[name][0] if name in paper() else None
+            settings = {'shots': shots, 'limit': limit, 'dtype': dtype}
+            entry = table['tasks'].get(name)
+            if not resume or not entry or entry['settings'] != settings:
+                entry = {'settings': settings, 'parts': {}, 'scores': None}
+            if entry['scores']:
+                continue
+            try:
+                if name == 'wikitext2':
+                    entry['scores'] = wikitext2(lm.model, lm.tokenizer)
+                else:
+                    loaded = manager.load([name])
+                    for part, task in loaded['tasks'].items():
+                        if part not in entry['parts']:
+                            entry['parts'][part] = score_task(lm, task, shots)
+                            table['tasks'][name] = entry
+                            save()
+                    groups = {group.name: group.aggregate(entry['parts'])
+                              for group in loaded['groups'].values() if group.has_aggregation}
+                    entry['scores'] = groups or entry['parts']
+            except Exception as e:  # noqa: BLE001                 (a task's own code can raise any)
+                lines = str(e).splitlines() or [type(e).__name__]
+                print(f'eval.py: {name} is left out: {lines[0][:300]}', file=sys.stderr)
+                left_out.append(name)
+            else:
+                table['tasks'][name] = entry
+                save()
+    return left_out
+
+
+def paper():
+    """The paper's tasks, if they are asked for as such."""
+    return PAPER if 'paper' in tasks.split(',') else {}
+
+
+def rows_of(table):
+    """Rows [task, shots, metric, score, its standard error, the paper's, after stable 1]."""
+    rows, of_paper = [], []
+    for name, entry in table['tasks'].items():
+        shots, metric, final, early = PAPER.get(name, (None, None, None, None))
+        compared = entry['settings'] == {'shots': shots, 'limit': 0, 'dtype': dtype}
+        for part, scores in (entry['scores'] or {}).items():
+            for key, value in scores.items():
+                what, _, kind = key.partition(',')
+                if not isinstance(value, float) or '_stderr' in what:
+                    continue
+                if compared and name == part and key != metric:
+                    continue
+                error = scores.get(f'{what}_stderr,{kind}')
+                # shares are told in per cent, as the paper does; perplexities and bits are not
+                unit = 1 if 'perplexity' in what or 'bits' in what else 100
+                row = [part, entry['settings']['shots'], key.removesuffix(',none'), value * unit,
+                       error * unit if isinstance(error, float) else None]
+                if compared and name == part:
+                    of_paper.append(value * unit)
+                    row += [final, early]
+                rows.append(row)
+    if len(of_paper) == len(PAPER):
+        rows.append(['average of the 13', None, '', sum(of_paper) / len(PAPER), None,
+                     PAPER_AVERAGE])
+    return rows
+
+
+def markdown(table):
+    """The table of a checkpoint's scores."""
+    lines = [f'{table["checkpoint"]}: step {table["step"]:,}, {table["tokens"]:,} tokens', '']
+    if table['validation']:
+        lines += ['| data set | loss | perplexity | bits a byte |', '| --- | --- | --- | --- |',
+                  *(f'| {name} | {loss:.4f} | {math.exp(loss):.2f} | {bits:.4f} |'
+                    for name, (loss, bits) in table['validation'].items()), '']
+    if table['arithmetic']:
+        solved, tried = table['arithmetic']
+        low, high = wilson(solved, tried)
+        lines += [f'arithmetic: {solved} of {tried} solved, {solved / tried:.1%}, 95 % interval '
+                  + f'{low:.1%} to {high:.1%}', '']
+    if rows := rows_of(table):
+        lines += ['| task | shots | metric | score | ± | Xmodel-2.5 | after stable 1 |',
+                  '| --- | --- | --- | --- | --- | --- | --- |']
+        for task, shots, metric, *numbers in rows:
+            cells = [f'{n:.2f}' if n is not None else '' for n in [*numbers, None, None][:4]]
+            lines.append(' | '.join(['| ' + task, '' if shots is None else str(shots), metric,
+                                     *cells]) + ' |')
+        lines.append('')
+    return '\n'.join(lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# The script
+
+def open_table(about):
+    """(the table of scores kept so far, a function that saves it) of a checkpoint."""
+    path = Path(about['path'])
+    file = path.with_suffix('.eval.json')
+    stat = path.stat()
+    table = {'checkpoint': path.name, 'bytes': stat.st_size, 'modified': stat.st_mtime_ns,
+             'step': about['step'], 'tokens': about['tokens'],
+             'validation': {}, 'arithmetic': None, 'tasks': {}}
+    try:
+        kept = json.loads(file.read_text(encoding='utf-8'))
+        if [kept[key] for key in list(table)[:5]] == list(table.values())[:5]:
+            table |= {key: kept[key] for key in list(table)[5:]}
+            markdown(table)
+        elif resume:
+            fail(f'{file} has scores of another {path.name}; without --resume they are replaced')
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError, AttributeError):
+        if resume:
+            fail(f'{file} is damaged; without --resume it is replaced')
+
+    def save():
+        replace_file(file, lambda f: f.write(json.dumps(table, indent=1, default=str).encode()))
+        replace_file(file.with_suffix('.md'), lambda f: f.write(markdown(table).encode()))
+    return table, save
+
+
 def main():
-    check_range(globals(), 1, math.inf, 'eval_tokens', 'block_size', 'batch_size')
-    check_range(globals(), 0, math.inf, 'problems')
+    check_range(globals(), 1, math.inf, 'eval_tokens', 'block_size', 'batch_size', 'batch_tokens')
+    check_range(globals(), 0, math.inf, 'problems', 'limit')
+    check_range(globals(), -1, math.inf, 'num_fewshot')
+    names = [name for name in tasks.split(',') if name]
+    names = list(dict.fromkeys(n for name in names for n in (PAPER if name == 'paper' else [name])))
+    int_list('lengths', lengths)
+    if include_path and not Path(include_path).is_dir():
+        fail(f'include_path={include_path}: there is no such folder')
+    left_out = []
     try:
         model, about = load_model(checkpoint, torch.device(device))
-        tokenizer = get_tokenizer(model.config.vocab_size)
-        names = list(about['knobs'].get('data', ()))
-        if not names:
-            fail(f'{about["path"]} names no data sets, as a checkpoint of train.py does')
-        data = open_data(data_dir or about['knobs']['data_dir'], names, model.config.vocab_size)
-        print(f'{about["path"]}: step {about["step"]}, {about["tokens"]:,} tokens')
-        print(f'{"data set":20} {"loss":>8} {"perplexity":>11} {"bits/byte":>10}')
-        with torch.no_grad():
-            for name in names:
-                loss, bits = validation_loss(model, data[name], block_size)
-                print(f'{name:20} {loss:8.4f} {math.exp(loss):11.2f} {bits:10.4f}')
+        table, save = open_table(about)
+        if names:
+            del model                                            # run_tasks reads it in its dtype
+            left_out = run_tasks(names, table, save)
+        else:
+            score_here(model, about, table)
+            save()
     except ValueError as e:
         fail(e)
+    except ModuleNotFoundError as e:
+        fail(f'{e.name} is missing: pip install lm_eval')
+    except OSError as e:
+        fail(f'{e.filename}: {e.strerror}')
     except (RuntimeError, AssertionError) as e:
         fail(f'device={device!r} cannot be used here: {str(e).splitlines()[0][:120]}')
+    print(markdown(table), end='')
+    sys.exit(1 if left_out else 0)
+
+
+def score_here(model, about, table):
+    """Put losses and solved problems of the checkpoint's own data sets into the table."""
+    tokenizer = get_tokenizer(model.config.vocab_size)
+    names = list(about['knobs'].get('data', ()))
+    if not names:
+        raise ValueError(f'{about["path"]} names no data sets, as a checkpoint of train.py does')
+    data = open_data(data_dir or about['knobs']['data_dir'], names, model.config.vocab_size)
+    with torch.no_grad():
+        table['validation'] = {name: validation_loss(model, data[name], block_size)
+                               for name in names}
     if problems and data.get('arith') and data['arith'].masks:
-        solved, tried = arithmetic(model, data['arith'], tokenizer)
-        low, high = wilson(solved, tried)
-        print(f'arithmetic: {solved} of {tried} solved, {solved / tried:.1%} '
-              f'({low:.1%} to {high:.1%})')
+        table['arithmetic'] = arithmetic(model, data['arith'], tokenizer)
 
 
 if __name__ == '__main__':
+    if sys.argv[1:2] == ['lm_eval']:
+        try:
+            from lm_eval.__main__ import cli_evaluate
+
+            import harness  # noqa: F401                           (which registers the model)
+        except ModuleNotFoundError as e:
+            fail(f'{e.name} is missing: pip install lm_eval')
+        sys.argv[:2] = ['lm_eval']
+        cli_evaluate()
+        sys.exit()
     configure(globals(), positional=['checkpoint'])
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
         main()

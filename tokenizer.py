@@ -121,8 +121,9 @@ class OtherTokenizer:
         self.tokenizer.encode_special_tokens = True             # text makes no special tokens
         self.n_vocab = max(self.tokenizer.get_vocab().values()) + 1
 
-    def encode_ordinary(self, text):
-        return self.tokenizer.encode(text).ids                  # after a BOS, where there is one
+    def encode_ordinary(self, text, add_special_tokens=True):
+        # after a BOS, where there is one
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids):
         return self.tokenizer.decode(ids)

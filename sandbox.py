@@ -1,0 +1,109 @@
+"""Run a program that a model wrote, away from the rest as far as this machine lets.
+
+    python sandbox.py < program.py          # exit code 0 if it ran to its end, and 1 if not
+
+It runs in a process of its own, in an empty folder that is deleted afterwards, with a limit on its
+time, memory and files, no environment variables, and no input or output; then all that it started
+is killed. Where bubblewrap (bwrap) is installed, it has no network either, sees only its own
+processes, and cannot write outside its folder; with util-linux's unshare alone it can write what
+you can. Without both (macOS) it has your network as well, and a process it started may survive. It
+can read what you can read in each case. For more than a benchmark's programs, use a container.
+"""
+import json
+import math
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import lru_cache
+
+SECONDS, MEMORY, FILE_SIZE = 3.0, 2 << 30, 16 << 20        # lm-eval's code_eval also gives 3 s
+WRAPPERS = (
+    ('bwrap --ro-bind / / --dev /dev --proc /proc --bind {0} {0} --chdir {0} --unshare-all '
+     '--die-with-parent --new-session'),
+    'unshare --user --map-root-user --net --ipc --pid --fork --kill-child')
+
+
+@lru_cache
+def wrapper():
+    """The first of WRAPPERS that works here, '' where none does."""
+    for wrap in WRAPPERS:
+        with tempfile.TemporaryDirectory() as folder, suppress(OSError):
+            command = [*wrap.format(folder).split(), sys.executable, '-c', '']
+            if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+                return wrap
+    return ''
+
+
+def passes(program, seconds=SECONDS):
+    """Whether the text of a Python program runs to its end, with no exception, in the time."""
+    # It cannot say so by its exit code, which sys.exit(0) gives, too, but by a word that it cannot
+    # guess, written after its last line.
+    word = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        process = subprocess.Popen(
+            [*wrapper().format(folder).split(), sys.executable, '-I', __file__, '--child'],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            cwd=folder, env={'TMPDIR': folder, 'HOME': folder}, start_new_session=True)
+        said = ''
+        try:
+            with suppress(subprocess.TimeoutExpired, BrokenPipeError):
+                said, _ = process.communicate(json.dumps([program, word, seconds]), seconds + 1)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            process.stdout.close()
+    return said == word
+
+
+def child():
+    """The process that becomes the program: text, word and time are on standard input."""
+    import resource
+    program, word, seconds = json.load(sys.stdin)
+    out = os.dup(1)
+    for n in range(3):
+        os.dup2(os.open(os.devnull, os.O_RDWR), n)
+    for what, most in (('CPU', math.ceil(seconds)), ('AS', MEMORY), ('FSIZE', FILE_SIZE),
+                       ('CORE', 0), ('NPROC', 64)):
+        with suppress(ValueError, OSError):                        # macOS has no RLIMIT_AS
+            resource.setrlimit(getattr(resource, f'RLIMIT_{what}'), (most, most))
+    try:
+        exec(program, {})  # noqa: S102
+    except BaseException:  # noqa: BLE001                          (sys.exit is no success either)
+        os._exit(1)
+    os.write(out, word.encode())
+    os._exit(0)
+
+
+class CodeEval:
+    """What the library evaluate calls the metric code_eval (Chen et al. 2021, arXiv 2107.03374)."""
+
+    @staticmethod
+    def compute(references, predictions, k=(1,)):
+        """pass@k of each problem's programs, a list for each of references, its test code."""
+        tests = [[f'{program}\n{test}' for program in programs]
+                 for test, programs in zip(references, predictions, strict=True)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            passed = [list(pool.map(passes, programs)) for programs in tests]
+        # eq. 1: 1 - C(n - c, k) / C(n, k), the chance that of k programs one is right
+        return {f'pass@{some}': sum(
+            1 - math.comb(len(p) - sum(p), some) / math.comb(len(p), some) for p in passed)
+            / len(passed) for some in k if all(len(p) >= some for p in passed)}, passed
+
+
+if __name__ == '__main__':
+    if sys.argv[1:] == ['--child']:
+        child()
+    elif sys.argv[1:] or sys.stdin.isatty():
+        print('sandbox.py: wants a program on standard input, and no argument', file=sys.stderr)
+        sys.exit(2)
+    elif not shutil.which(wrapper().partition(' ')[0]):
+        print('sandbox.py: neither bwrap nor unshare works here: the program has your network',
+              file=sys.stderr)
+    sys.exit(0 if passes(sys.stdin.read()) else 1)
