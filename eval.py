@@ -202,7 +202,7 @@ def score_task(lm, task, shots):
     found = lm_eval.evaluate(lm, {'tasks': {task.task_name: task}}, limit=limit or None,
                              bootstrap_iters=1000, log_samples=False,
                              confirm_run_unsafe_code=allow_code_execution)
-    return found['results'][task.task_name]
+    return {'shots': task.get_config('num_fewshot'), **found['results'][task.task_name]}
 
 
 def find_tasks(names):
@@ -276,7 +276,9 @@ def rows_of(table):
     rows, of_paper = [], []
     for name, entry in table['tasks'].items():
         shots, metric, final, early = PAPER.get(name, (None, None, None, None))
-        compared = entry['settings'] == {'shots': shots, 'limit': 0, 'dtype': dtype}
+        settings = entry['settings']
+        compared = name in PAPER and settings['shots'] == shots and not settings['limit']
+        used = {part['shots'] for part in entry['parts'].values()}
         for part, scores in (entry['scores'] or {}).items():
             for key, value in scores.items():
                 what, _, kind = key.partition(',')
@@ -285,16 +287,16 @@ def rows_of(table):
                 if compared and name == part and key != metric:
                     continue
                 error = scores.get(f'{what}_stderr,{kind}')
-                # shares are told in per cent, as the paper does; perplexities and bits are not
-                unit = 1 if 'perplexity' in what or 'bits' in what else 100
-                row = [part, entry['settings']['shots'], key.removesuffix(',none'), value * unit,
-                       error * unit if isinstance(error, float) else None]
+                # shares are told in per cent, as the paper does
+                unit = 100 if re.match('acc|exact_match|math_verify|pass', what) else 1
+                row = [part, '/'.join(map(str, sorted(used))), key.removesuffix(',none'),
+                       value * unit, error * unit if isinstance(error, float) else None]
                 if compared and name == part:
                     of_paper.append(value * unit)
                     row += [final, early]
                 rows.append(row)
     if len(of_paper) == len(PAPER):
-        rows.append(['average of the 13', None, '', sum(of_paper) / len(PAPER), None,
+        rows.append(['average of the 13', '', '', sum(of_paper) / len(PAPER), None,
                      PAPER_AVERAGE])
     return rows
 
@@ -316,8 +318,7 @@ def markdown(table):
                   '| --- | --- | --- | --- | --- | --- | --- |']
         for task, shots, metric, *numbers in rows:
             cells = [f'{n:.2f}' if n is not None else '' for n in [*numbers, None, None][:4]]
-            lines.append(' | '.join(['| ' + task, '' if shots is None else str(shots), metric,
-                                     *cells]) + ' |')
+            lines.append(' | '.join(['| ' + task, shots, metric, *cells]) + ' |')
         lines.append('')
     return '\n'.join(lines)
 

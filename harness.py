@@ -127,6 +127,8 @@ class XmodelLM(TemplateLM):
     def __init__(self, pretrained, device='cpu', batch_tokens=8192, max_length=None,
                  dtype='float32', batch_size=None, max_batch_size=None):
         super().__init__()
+        if str(device).startswith('cuda') and not torch.cuda.is_available():
+            device = 'cpu'                                         # lm-eval's default is cuda:0
         self._device = torch.device(device)
         self.model, self.about = load_model(pretrained, self._device)
         self.model.to(getattr(torch, dtype))

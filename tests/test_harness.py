@@ -1,26 +1,30 @@
-"""eval.py on lm-evaluation-harness: our answers are those of its own model `hf` on what we export."""
+"""eval.py on lm-evaluation-harness, whose own model `hf`, on what we export, is the oracle."""
 import json
 import os
 import random
+import shutil
+import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
 from conftest import ROOT, refused, run
 
+import eval as script
 from checkpoint import load_model
 from model import Xmodel, XmodelConfig
 from tokenizer import get_tokenizer
 
 lm_eval = pytest.importorskip('lm_eval')
 pytest.importorskip('accelerate')                                  # lm-eval's model hf needs it
-from lm_eval.models.huggingface import HFLM  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
-from pydoc_data.topics import topics  # noqa: E402
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 
-import harness  # noqa: E402
+import harness
 
 THEIRS = Path(lm_eval.__file__).parent / 'tasks'
 # branches strong enough that texts are not one token repeated
@@ -30,29 +34,41 @@ SENTENCES = [' '.join(s.split()) for text in topics.values() for s in text.split
              if 40 < len(s) < 300 and '"' not in s]
 
 
-def documents(kind, n, rng):
-    """n made-up questions in the layout of a benchmark."""
+def document(kind, i, rng):
+    """A made-up question in the layout of a benchmark."""
     def say(most=200):
         return rng.choice(SENTENCES)[:most]
 
-    for i in range(n):
-        yield {
-            'arc': lambda: {'id': str(i), 'question': say(), 'answerKey': rng.choice('ABCD'),
-                            'choices': {'text': [say(40) for _ in range(4)],
-                                        'label': list('ABCD')}},
-            'hellaswag': lambda: {'ind': i, 'activity_label': 'Reading', 'ctx_a': say(),
-                                  'ctx_b': 'then they', 'endings': [say(60) for _ in range(4)],
-                                  'label': str(rng.randrange(4))},
-            'piqa': lambda: {'goal': say(), 'sol1': say(80), 'sol2': say(80),
-                             'label': rng.randrange(2)},
-            'winogrande': lambda: {'sentence': say(60) + ' _ ' + say(60), 'option1': 'Tom',
-                                   'option2': 'Ann', 'answer': rng.choice('12')},
-            'mmlu': lambda: {'question': say(), 'subject': 'anatomy', 'answer': rng.randrange(4),
-                             'choices': [say(30) for _ in range(4)]},
-            'gsm8k': lambda: {'question': say(), 'answer': f'{say(60)}\n#### {i}'},
-            'bbh': lambda: {'input': say(100), 'target': rng.choice(('True', 'False'))},
-            'wikitext': lambda: {'page': ' \n '.join(say() for _ in range(rng.randrange(1, 25)))},
-        }[kind]()
+    match kind:
+        case 'arc':
+            return {'id': str(i), 'question': say(), 'answerKey': rng.choice('ABCD'), 'choices': {
+                'text': [say(40) for _ in range(4)], 'label': list('ABCD')}}
+        case 'hellaswag':
+            return {'ind': i, 'activity_label': 'Reading', 'ctx_a': say(), 'ctx_b': 'then they',
+                    'endings': [say(60) for _ in range(4)], 'label': str(rng.randrange(4))}
+        case 'piqa':
+            return {'goal': say(), 'sol1': say(80), 'sol2': say(80), 'label': rng.randrange(2)}
+        case 'winogrande':
+            return {'sentence': say(60) + ' _ ' + say(60), 'option1': 'Tom', 'option2': 'Ann',
+                    'answer': rng.choice('12')}
+        case 'mmlu':
+            return {'question': say(), 'subject': 'anatomy', 'answer': rng.randrange(4),
+                    'choices': [say(30) for _ in range(4)]}
+        case 'gsm8k':
+            return {'question': say(), 'answer': f'{say(60)}\n#### {i}'}
+        case 'bbh':
+            return {'input': say(100), 'target': rng.choice(('True', 'False'))}
+        case 'wikitext':
+            return {'page': ' \n '.join(say() for _ in range(rng.randrange(1, 25)))}
+        case 'humaneval':
+            return {'task_id': f'{i}', 'prompt': f'def f{i}(x):\n', 'canonical_solution': '',
+                    'test': 'def check(f):\n    assert f(1) == 1\n', 'entry_point': f'f{i}'}
+
+
+def write_jsonl(file, kind, n, rng):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(''.join(json.dumps(document(kind, i, rng)) + '\n' for i in range(n)))
+    return str(file)
 
 
 TASKS = {  # our task: (lm-eval's YAML, layout, what else)
@@ -61,11 +77,10 @@ TASKS = {  # our task: (lm-eval's YAML, layout, what else)
     'piqa': ('piqa/piqa.yaml', 'piqa', 'num_fewshot: 0'),
     'winogrande': ('winogrande/default.yaml', 'winogrande', 'num_fewshot: 2'),
     'mmlu': ('mmlu/default/mmlu_anatomy.yaml', 'mmlu', 'num_fewshot: 5'),
-    'gsm8k': ('gsm8k/gsm8k.yaml', 'gsm8k',
-              'num_fewshot: 2\ngeneration_kwargs: {until: ["Question:", " th"], do_sample: false, '
-              'max_gen_toks: 40}'),
+    'gsm8k': ('gsm8k/gsm8k.yaml', 'gsm8k', 'num_fewshot: 2\ngeneration_kwargs: '
+              + '{until: ["Question:", " th"], do_sample: false, max_gen_toks: 40}'),
     'bbh': ('bbh/cot_fewshot/boolean_expressions.yaml', 'bbh',
-            'generation_kwargs: {until: ["Q", "\\n\\n"], do_sample: false, max_gen_toks: 100}'),
+            'generation_kwargs: {until: ["Q", "\\n\\n"], do_sample: false, max_gen_toks: 60}'),
     'wikitext': ('wikitext/wikitext.yaml', 'wikitext', ''),
     'long': ('arc/arc_easy.yaml', 'arc', 'num_fewshot: 25'),      # longer than block_size
 }
@@ -77,11 +92,8 @@ def folder(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp('harness'), random.Random(0)
     (folder / 'tasks').mkdir()
     for name, (theirs, kind, more) in TASKS.items():
-        files = {}
-        for split, n in (('train', 40), ('validation', 24), ('test', 24), ('dev', 5)):
-            file = folder / f'{name}_{split}.jsonl'
-            file.write_text(''.join(json.dumps(doc) + '\n' for doc in documents(kind, n, rng)))
-            files[split] = str(file)
+        files = {split: write_jsonl(folder / f'{name}_{split}.jsonl', kind, n, rng)
+                 for split, n in (('train', 40), ('validation', 24), ('test', 24), ('dev', 5))}
         (folder / f'tasks/{name}.yaml').write_text(
             f'include: {THEIRS / theirs}\ntask: my_{name}\ntag: mine\ndataset_path: json\n'
             f'dataset_name: null\ndataset_kwargs: {json.dumps({"data_files": files})}\n{more}\n')
@@ -101,7 +113,7 @@ def both(folder, tmp_path_factory):
     manager = TaskManager(include_path=str(folder / 'tasks'), include_defaults=False)
     models = (HFLM(str(folder / 'hf'), device='cpu', batch_size=4, dtype='float32'),
               harness.XmodelLM(folder / 'run', batch_tokens=3000))
-    return [lm_eval.simple_evaluate(model, tasks=[f'my_{name}' for name in TASKS], limit=20,
+    return [lm_eval.simple_evaluate(model, tasks=[f'my_{name}' for name in TASKS], limit=12,
                                     task_manager=manager, bootstrap_iters=10) for model in models]
 
 
@@ -109,7 +121,7 @@ def both(folder, tmp_path_factory):
 def test_each_document_gets_the_answer_of_lm_evals_own_model(both, task):
     theirs, ours = (sorted(found['samples'][f'my_{task}'],
                            key=lambda s: (s['doc_id'], s['filter'])) for found in both)
-    assert len(theirs) == len(ours) >= 20
+    assert len(theirs) == len(ours) >= 12
     texts = set()
     for a, b in zip(theirs, ours):
         assert a['arguments'] == b['arguments']
@@ -126,3 +138,194 @@ def test_each_document_gets_the_answer_of_lm_evals_own_model(both, task):
     for key, value in both[0]['results'][f'my_{task}'].items():
         assert both[1]['results'][f'my_{task}'][key] == (
             pytest.approx(value, rel=1e-5) if isinstance(value, float) else value)
+
+
+def offline(*args, **more):
+    """The finished process of `python eval.py args` where the hub cannot be reached."""
+    env = os.environ | {'HF_ENDPOINT': 'http://127.0.0.1:9', **more}
+    return subprocess.run([sys.executable, 'eval.py', *map(str, args)], cwd=ROOT, env=env,
+                          capture_output=True, text=True, check=False)
+
+
+def scores(run_folder, task):
+    table = json.loads((run_folder / 'step_0.eval.json').read_text())
+    return table['tasks'][task]['scores']
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """A copy of run/, whose table of scores is empty."""
+    return Path(shutil.copytree(folder / 'run', tmp_path / 'run'))
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_table(folder, copy, tmp_path):
+    own = tmp_path / 'tasks'
+    own.mkdir()
+    for name in ('arc', 'piqa', 'winogrande'):
+        shutil.copy(folder / f'tasks/{name}.yaml', own)
+    (own / 'kill.py').write_text(f"""
+import os, signal
+def process_results(doc, results):
+    if os.path.exists({str(tmp_path / 'kill')!r}):
+        os.kill(os.getpid(), signal.SIGKILL)
+    (first, _), (second, _) = results
+    return {{'acc': float((first < second) == doc['label']), 'acc_norm': 0.0}}
+""")
+    with open(own / 'piqa.yaml', 'a') as f:
+        f.write('process_results: !function kill.process_results\n')
+    (own / 'group.yaml').write_text(
+        'group: three\ntask: [my_arc, my_piqa, my_winogrande]\n'
+        'aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n')
+    args = ('--tasks=my_winogrande,three', f'--include_path={own}', '--limit=6', '--resume')
+
+    (tmp_path / 'kill').touch()
+    assert offline(copy, *args).returncode == -9
+    table = json.loads((copy / 'step_0.eval.json').read_text())
+    assert table['tasks']['my_winogrande']['scores']
+    three = table['tasks']['three']
+    assert list(three['parts']) == ['my_arc'] and not three['scores']
+    (tmp_path / 'kill').unlink()
+    three['parts']['my_arc']['acc,none'] += 0.03                   # to see that it is kept
+    (copy / 'step_0.eval.json').write_text(json.dumps(table))
+    done = offline(copy, *args)
+    assert done.returncode == 0, done.stderr
+    resumed = json.loads((copy / 'step_0.eval.json').read_text())['tasks']
+    assert done.stdout == (copy / 'step_0.eval.md').read_text()
+
+    done = offline(copy, *args[:-1])
+    unbroken = json.loads((copy / 'step_0.eval.json').read_text())['tasks']
+    assert done.returncode == 0
+    assert unbroken['my_winogrande'] == resumed['my_winogrande']
+    for part in ('my_piqa', 'my_winogrande'):
+        assert unbroken['three']['parts'][part] == resumed['three']['parts'][part]
+    means = [sum(part['acc,none'] for part in found['three']['parts'].values()) / 3
+             for found in (resumed, unbroken)]
+    assert means[0] == pytest.approx(means[1] + 0.01)
+    for found, mean in zip((resumed, unbroken), means):
+        assert found['three']['scores']['three']['acc,none'] == pytest.approx(mean)
+
+
+def test_the_table_has_what_lm_eval_says(folder, copy, both):
+    done = offline(copy, f'--include_path={folder / "tasks"}', '--limit=12',
+                   '--tasks=my_mmlu,my_gsm8k,my_wikitext')
+    assert done.returncode == 0, done.stderr
+    for task in ('my_mmlu', 'my_gsm8k', 'my_wikitext'):
+        for key, value in both[0]['results'][task].items():
+            if isinstance(value, float):
+                assert scores(copy, task)[task][key] == pytest.approx(value, rel=1e-5), key
+    acc = 100 * both[0]['results']['my_mmlu']['acc,none']
+    error = 100 * both[0]['results']['my_mmlu']['acc_stderr,none']
+    assert f'| my_mmlu | 5 | acc | {acc:.2f} | {error:.2f} |' in done.stdout
+    assert '| my_gsm8k | 2 | exact_match,strict-match | ' in done.stdout
+    # and by the same name in lm-eval's own program
+    done = offline('lm_eval', 'run', '--model', 'xmodel', '--model_args', f'pretrained={copy}',
+                   '--tasks', 'my_mmlu', '--include_path', folder / 'tasks', '--limit', 12)
+    assert done.returncode == 0, done.stderr
+    assert f'|{acc / 100:.4f}|' in done.stdout.replace(' ', '')
+
+
+def hub_layout(data_dir):
+    """Data sets laid out as on the hub: ai2_arc, humaneval, wikitext; not piqa."""
+    rng = random.Random(1)
+    for name, config, kind, splits in (
+            ('allenai/ai2_arc', 'ARC-Easy', 'arc', ('train', 'validation', 'test')),
+            ('openai/openai_humaneval', 'openai_humaneval', 'humaneval', ('test',))):
+        for split in splits:
+            write_jsonl(data_dir / name / config / f'{split}.jsonl', kind, 12, rng)
+        files = ''.join(f'  - split: {split}\n    path: {config}/{split}.jsonl\n'
+                        for split in splits)
+        (data_dir / name / 'README.md').write_text(
+            f'---\nconfigs:\n- config_name: {config}\n  data_files:\n{files}---\n')
+    wiki = data_dir / 'Salesforce/wikitext'
+    wiki.mkdir(parents=True)
+    lines = [rng.choice(SENTENCES) for _ in range(60)]
+    (wiki / 'test.jsonl').write_text(''.join(json.dumps({'text': s}) + '\n' for s in lines))
+    (wiki / 'README.md').write_text(
+        '---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  data_files:\n  - split: test\n'
+        '    path: test.jsonl\n---\n')
+    return '\n\n'.join(lines)
+
+
+def test_data_sets_from_a_folder_and_one_line_for_each_that_is_missing(copy, tmp_path):
+    text = hub_layout(tmp_path / 'data')
+    own = tmp_path / 'tasks'
+    own.mkdir()
+    for name, file in (('arc_easy', 'arc/arc_easy'), ('piqa', 'piqa/piqa'),
+                       ('humaneval', 'humaneval/humaneval')):
+        (own / f'{name}.yaml').write_text(f'include: {THEIRS / file}.yaml\n')
+    with open(own / 'humaneval.yaml', 'a') as f:                   # block_size is but 512
+        f.write('generation_kwargs: {until: ["\\ndef"], do_sample: false, max_gen_toks: 40}\n')
+    args = (copy, '--tasks=piqa,arc_easy,humaneval,wikitext2', f'--data_dir={tmp_path / "data"}',
+            '--lengths=64,400', f'--include_path={own}')
+    done = offline(*args)
+    left_out = [line for line in done.stderr.splitlines() if 'is left out' in line]
+    assert done.returncode == 1 and len(left_out) == 2, done.stderr
+    assert 'piqa' in left_out[0] and str(tmp_path / 'data/baber/piqa') in left_out[0]
+    assert 'humaneval' in left_out[1] and '--allow_code_execution' in left_out[1]
+    assert '| arc_easy | 0 | acc_norm |' in done.stdout and 'humaneval' not in done.stdout
+    model, _ = load_model(copy)                                    # the perplexity in float64
+    ids = torch.tensor(get_tokenizer(SHAPE.vocab_size).encode_ordinary(text))
+    for T in (64, 400):
+        losses = [-model.double()(ids[None, a:a + T])[0][0].log_softmax(-1)
+                  .gather(1, ids[a + 1:a + T + 1, None])[:, 0] if a + T < len(ids) else
+                  -model.double()(ids[None, a:-1])[0][0].log_softmax(-1)
+                  .gather(1, ids[a + 1:, None])[:, 0] for a in range(0, len(ids) - 1, T)]
+        mean = torch.cat(losses).mean()
+        assert torch.cat(losses).numel() == len(ids) - 1
+        found = scores(copy, 'wikitext2')[f'wikitext2_{T}']
+        assert found['perplexity'] == pytest.approx(mean.exp().item(), rel=1e-4)
+        assert found['bits_per_byte'] == pytest.approx(
+            mean.item() * (len(ids) - 1) / len(ids) * len(ids) / 0.6931472 / len(text.encode()),
+            rel=2e-3)                                              # the first token is not scored
+    done = offline(copy, '--tasks=humaneval', '--allow_code_execution', *args[2:])
+    assert done.returncode == 0, done.stderr
+    assert '| humaneval | 0 | pass@1,create_test | 0.00 |' in done.stdout
+    assert '| arc_easy |' in done.stdout                           # which was scored before
+
+
+def test_the_papers_tasks_are_lm_evals():
+    index = TaskManager().task_index
+
+    def leaves(name):
+        """The YAMLs of a task, or of all in a group or under a tag."""
+        entry = index[name]
+        if entry.kind.name == 'TASK':
+            return [load_yaml(entry.yaml_path, resolve_func=False)]
+        children = entry.tags if entry.kind.name == 'TAG' else \
+            load_yaml(entry.yaml_path, resolve_func=False)['task']
+        return [leaf for child in children for leaf in leaves(child)]
+
+    sizes = {'bbh': 27, 'mmlu': 57, 'minerva_math': 7, 'cmmlu': 67, 'ceval-valid': 52}
+    assert len(script.PAPER) == 13
+    for name, (shots, metric, *_) in script.PAPER.items():
+        what, _, kind = metric.partition(',')
+        found = leaves(name)
+        assert len(found) == sizes.get(name, 1), name
+        if name in sizes:                                          # it is the group's metric too
+            group = load_yaml(index[name].yaml_path, resolve_func=False)
+            assert what in [m['metric'] for m in group['aggregate_metric_list']], name
+        for config in found:
+            metrics = ' '.join(str(m['metric']) for m in config['metric_list']).split()
+            # the function utils.pass_at_k names its metric pass@1
+            assert what in metrics or any(what.replace('@1', '_at_k') in m for m in metrics), name
+            assert kind in ([f['name'] for f in config.get('filter_list', ())] or ['none']), name
+            # a number of examples in the YAML is the paper's but for gsm8k, where it is 5; a zero
+            # could not be changed
+            assert config.get('num_fewshot') in (None, 5 if name == 'gsm8k' else shots), name
+            samples = (config.get('fewshot_config') or {}).get('samples')
+            if shots:
+                assert not isinstance(samples, list) or len(samples) >= shots, name
+                assert samples or config.get('fewshot_split') or config.get('training_split'), name
+
+
+@pytest.mark.parametrize('args, why', [
+    (['--tasks=my_arc,no_such_task'], 'no_such_task'), (['--tasks=my_arc', '--limit=-1'], 'limit'),
+    (['--tasks=my_arc', '--num_fewshot=-2'], 'num_fewshot'), (['--lengths=a'], 'lengths'),
+    (['--tasks=my_arc', '--include_path=/no/such'], 'include_path'),
+    (['--tasks=my_arc', '--dtype=int8'], 'dtype'), (['--batch_tokens=0'], 'batch_tokens'),
+    (['--tasks=my_arc', '--device=nope'], 'nope')])
+def test_wrong_knobs_are_one_line(folder, copy, args, why):
+    if '--tasks=my_arc,no_such_task' in args:
+        args = [*args, f'--include_path={folder / "tasks"}']
+    assert why in refused(run('eval.py', copy, *args))
+    assert not (copy / 'step_0.eval.json').exists()

@@ -198,7 +198,7 @@ def test_sample_and_eval_of_a_run(tiny_run):
     assert piped.stdout.startswith('import os')
     done = run('eval.py', tiny_run, '--problems=20', '--block_size=64', '--eval_tokens=2000')
     assert done.returncode == 0, done.stderr
-    assert re.search(r'stdlib +\d', done.stdout) and 'of 20 solved' in done.stdout
+    assert re.search(r'\| stdlib \| \d', done.stdout) and 'of 20 solved' in done.stdout
 
 
 def wrong_checkpoint(path):
