@@ -213,6 +213,7 @@ def write_weights(folder, state, c, shard_bytes):
                       folder / f'{file}.safetensors', {'format': 'pt'})
         except SafetensorError as e:                               # a full disk, say
             raise ValueError(f'{folder}: {e}') from None
+        shutil.copymode(folder / 'config.json', folder / f'{file}.safetensors')     # it made 0600
         index |= dict.fromkeys(names, f'{file}.safetensors')
     if files[1:]:
         write_json(folder / 'model.safetensors.index.json',
@@ -220,7 +221,7 @@ def write_weights(folder, state, c, shard_bytes):
 
 
 def model_card(about, run):
-    """README.md of an exported model: what it is, how it was trained, its last validation."""
+    """README.md of an exported model: what it is, its scores, and how it was trained."""
     c, last = about['config'], {}
     local = ('data_dir', 'out_dir', 'init_from', 'reference', 'sources')
     with torch.device('meta'):
@@ -239,6 +240,8 @@ def model_card(about, run):
         lines += [f'After {last["step"] + 1:,} steps:', '',
                   '| validation set | loss (nats a token) |', '| --- | --- |',
                   *(f'| {name} | {loss:.4f} |' for name, loss in last['val_losses'].items()), '']
+    scores = Path(about['path']).with_suffix('.eval.md')           # eval.py's
+    lines += [scores.read_text(encoding='utf-8')] if scores.exists() else []
     knobs = {k: v for k, v in (about['knobs'] or asdict(c)).items() if k not in local}
     return '\n'.join([*lines, '```json', json.dumps(knobs, indent=1), '```', ''])
 

@@ -211,6 +211,8 @@ def test_the_model_card_tells_of_the_run(tiny_run, tmp_path):
     assert '# tiny' in card and 'data_dir' not in card
     assert json.loads((tmp_path / 'hf/config.json').read_text())['dtype'] == 'bfloat16'
     assert 'after 20 steps' in card and '"n_embd": 32' in card and '| stdlib | ' in card
+    assert (tmp_path / 'hf/model.safetensors').stat().st_mode == \
+        (tmp_path / 'hf/config.json').stat().st_mode
     assert load(tmp_path / 'hf').generation_config.eos_token_id == EOS_ID
 
 
