@@ -5,6 +5,8 @@
     python bench.py --device=cuda --batch_size=16 --json=bench.json
     python bench.py --variants=ours-compiled,fp8-compiled,dynamic-compiled     # FP8 on this machine
     python bench.py --fp8                        # at 1.3B: an estimate; on a GPU also measured
+    python bench.py --generate                   # decoding, multiple choice: beside transformers,
+                                                 # and lm-evaluation-harness's own model
 
 A step is forward, backward and AdamW (fused) on the same tokens: weights fp32, matmuls bf16 where
 the hardware has them. Each variant has a process of its own, so its peak memory is its own. The
@@ -16,10 +18,13 @@ import importlib.util
 import itertools
 import math
 import multiprocessing
+import random
 import re
 import sys
+import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from json import dumps
 from pathlib import Path
 from statistics import median
@@ -38,6 +43,7 @@ from muon import has_bf16
 
 variants = 'ours-eager,ours-compiled,granite-eager,granite-compiled'    # also fp8-, dynamic-
 fp8 = False                   # bf16 beside FP8 at 1.3B: roofline and, on a GPU, measured
+generate = False              # in place of training: text, and likelihoods of choices
 rounds = 7                    # timed steps of each variant
 json = ''                     # file for the figures of every round; '': none
 device = 'auto'               # 'auto' | 'cpu' | 'cuda': 'auto' takes cuda where there is one
@@ -295,6 +301,102 @@ def compare_fp8(c, B, device):
     return figures
 
 
+# --- generation: text, and the likelihood of given text ---
+
+def take_turns(ways):
+    """{name: seconds in each of the rounds} of functions that return the same, called in turn."""
+    seconds = {name: [] for name in ways}
+    for i in tqdm(range(rounds + 1), leave=False, disable=None):               # one to warm up
+        for name, way in ways.items():
+            began = time.perf_counter()
+            found = way()
+            if i:
+                seconds[name].append(time.perf_counter() - began)
+            elif name == next(iter(ways)):
+                right = found
+            elif found != right:
+                fail(f'{name} does not give what {next(iter(ways))} gives')
+    return seconds
+
+
+def compare_generation(c, device):
+    """--generate -> {what: {way: seconds}}; ids and choices are compared, and have to be equal."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from export import export
+    from generate import generate
+    from harness import XmodelLM
+    # branches this strong keep a model without training from repeating one token
+    c, told = replace(c, residual_scale=60.0, block_size=4096), {}
+    with tempfile.TemporaryDirectory() as folder:
+        run, there = Path(folder, 'run'), Path(folder, 'hf')
+        run.mkdir()
+        torch.manual_seed(0)
+        torch.save({'config': asdict(c), 'model': Xmodel(c).state_dict()}, run / 'step_0.pt')
+        export(run, there)
+        theirs = HFLM(str(there), device=device, dtype='float32', batch_size=1)
+        ours = XmodelLM(run, device)
+
+    prompt, new = 32, 128
+    for B in (1, 8):
+        x = torch.randint(3, c.vocab_size, (B, prompt), device=device)
+
+        def text(compiled, x=x):
+            return [ids.tolist() for ids, _ in generate(ours.model, x.tolist(), new, 0.0,
+                                                        compiled=compiled)]
+
+        def hf(x=x):
+            y = theirs.model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=new,
+                                      do_sample=False, eos_token_id=None, pad_token_id=2)
+            return y[:, prompt:].T.tolist()
+
+        told[f'{B} x {new} tokens'] = take_turns({
+            'transformers': hf, 'eager': partial(text, False), 'compiled': partial(text, True)})
+
+    rng = random.Random(0)
+    words = sorted(set(Path(__file__).read_text(encoding='utf-8').split()))
+
+    def say(n):
+        return ' ' + ' '.join(rng.choices(words, k=n))
+
+    shots, letters = say(120), [' A', ' B', ' C', ' D']
+    for what, questions in (
+            ('5 questions of 4 choices, with examples of their own',
+             [(say(140), [say(8) for _ in range(4)]) for _ in range(5)]),
+            ('20 questions of 4 letters, with the same examples',
+             [(shots + say(20), letters) for _ in range(20)]),
+            ('20 questions of 2 choices, no examples',
+             [(say(10), [say(5) for _ in range(2)]) for _ in range(20)])):
+        asked = [(question, choice) for question, choices in questions for choice in choices]
+        requests = [Instance('loglikelihood', {}, pair, i) for i, pair in enumerate(asked)]
+
+        def choose(lm, asked=asked, requests=requests):
+            scores = lm.loglikelihood(requests, disable_tqdm=True)
+            best = {}
+            for (context, ending), (score, _) in zip(asked, scores):
+                best[context] = max(best.get(context, (-math.inf, '')), (score, ending))
+            return [ending for _, ending in best.values()]
+
+        told[what] = take_turns({'lm-eval, hf': partial(choose, theirs),
+                                 'ours': partial(choose, ours)})
+    print(f'{ours.model.num_params():,} parameters, {device}, fp32, {torch.get_num_threads()} '
+          'threads; how many times as fast as the first, in a round: median (least..most)')
+    for what, seconds in told.items():
+        (first, base), *others = seconds.items()
+        print(f'{what}: {first} {median(base):.2f} s')
+        for name, times in others:
+            print('    {:12} {:.2f} s, {:.2f} ({:.2f}..{:.2f})'.format(
+                name, median(times), *speedup(base, times)))
+    return told
+
+
+def speedup(base, times):
+    """(median, least, most) of how many times as fast `times` are as `base`, round by round."""
+    ratios = [a / b for a, b in zip(base, times)]
+    return median(ratios), min(ratios), max(ratios)
+
+
 # --- the process that directs them ---
 
 def ask(variant, pipe):
@@ -348,6 +450,10 @@ def main():
             told['fp8'] = compare_fp8(c, batch_size, where)
             if where != 'cuda':
                 return save(told)
+        if generate:
+            return save(compare_generation(c, where))
+    except ModuleNotFoundError as e:
+        fail(f'{e.name} is missing: pip install lm_eval accelerate safetensors')
     except ValueError as e:
         fail(e)
     if 'granite' in variants and not importlib.util.find_spec('transformers'):

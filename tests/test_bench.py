@@ -154,3 +154,22 @@ def test_a_worker_that_dies_ends_the_run_in_one_line(capsys):
     with pytest.raises(SystemExit):
         bench.ask('ours-eager', ours)
     assert 'ours-eager: its process was killed' in capsys.readouterr().err
+
+
+def test_generation_is_compared_on_equal_answers(monkeypatch, capsys):
+    pytest.importorskip('lm_eval')
+    pytest.importorskip('accelerate')
+    monkeypatch.setattr(bench, 'rounds', 1)
+    told = bench.compare_generation(replace(C, n_layer=1, n_kv_head=2, vocab_size=512), 'cpu')
+    assert set(told['8 x 128 tokens']) == {'transformers', 'eager', 'compiled'}
+    assert sum('lm-eval, hf' in seconds for seconds in told.values()) == 3
+    assert capsys.readouterr().out.count('ours') == 3
+
+
+def test_take_turns_refuses_different_answers(monkeypatch, capsys):
+    monkeypatch.setattr(bench, 'rounds', 2)
+    times = bench.take_turns({'a': lambda: 1, 'b': lambda: 1})
+    assert [len(seconds) for seconds in times.values()] == [2, 2]
+    with pytest.raises(SystemExit):
+        bench.take_turns({'a': lambda: 1, 'b': lambda: 2})
+    assert 'b does not give what a gives' in capsys.readouterr().err
