@@ -17,10 +17,14 @@ test text, its lines joined, in windows that follow one another and do not overl
 --lengths. `paper` is the 13 tasks, shots and metrics of Xmodel-2.5's paper. Data sets come from the
 hub, or from data_dir/OWNER/NAME, a folder laid out as there. HumanEval and MBPP run what the model
 wrote: only with --allow_code_execution, and in sandbox.py, which says what that does not contain.
+(lm-eval's own command runs it in its own way, without that.)
 
-Scores are kept beside the checkpoint, step_N.eval.json, and as a table, step_N.eval.md.
+Scores are kept beside the checkpoint, in step_N.eval.json and as a table in step_N.eval.md: of each
+task the last ones. With --resume those that are finished, in the same settings, are not made again.
+The exit code is 1 where a task was left out.
 """
 import contextlib
+import difflib
 import json
 import logging
 import math
@@ -36,10 +40,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_model, replace_file
+from checkpoint import load_model, read_checkpoint, replace_file
 from configurator import check_range, configure, fail, int_list
 from data_prep import get_windows, open_data
-from generate import generate
+from generate import complete
 from tokenizer import EOS_ID, get_tokenizer
 
 checkpoint = 'out/proxy20m'   # a step_N.pt, or a run's folder: its newest checkpoint
@@ -47,11 +51,11 @@ data_dir = ''                 # where the data sets are; '': where training had 
 eval_tokens = 50_000          # of each validation set, at most
 problems = 400                # held-out arithmetic problems, at most
 block_size = 512              # length of the validation windows
-batch_size = 8                # windows, or 8 times as many problems, at a time
+batch_size = 8                # windows, or 8 times as many problems (short ones), at a time
 tasks = ''                    # 'paper', or lm-eval's names and wikitext2, with commas
 include_path = ''             # a folder of your own tasks' YAML files, for lm-eval
 num_fewshot = -1              # worked examples before a question; -1: as the paper, or the task
-limit = 0                     # questions of a task, at most; 0: all
+limit = 0                     # questions of a task, or windows of wikitext2, at most; 0: all
 lengths = '2048,4096,8192,16384'  # of wikitext2's windows, in tokens
 batch_tokens = 8192           # tokens at a time in lm-eval's tasks
 allow_code_execution = False  # let tasks run programs that the model wrote
@@ -59,7 +63,8 @@ resume = False                # keep the scores of tasks that are finished
 dtype = 'float32'             # 'float32' | 'bfloat16': of weights, in lm-eval's tasks
 device = 'cpu'                # or 'cuda', 'mps'
 
-PAPER = {  # task of lm-eval: shots, metric, Xmodel-2.5's published score, the same after stable 1
+# task of lm-eval: shots, metric, Xmodel-2.5's score if its paper has it, and after stable 1
+PAPER = {
     'arc_challenge': (25, 'acc_norm,none', 46.16, 30.63),
     'arc_easy': (25, 'acc_norm,none', None, 60.06),
     'piqa': (0, 'acc_norm,none', None, 70.35),
@@ -105,11 +110,10 @@ def arithmetic(model, dataset, tokenizer):
     for i in tqdm(range(0, len(pairs), size), desc='problems', leave=False, disable=None):
         batch = pairs[i:i + size]
         longest = max(len(completion) for _, completion in batch)
-        columns = [ids for ids, _ in generate(model, [p for p, _ in batch], 2 * longest, 0.0,
-                                              stop_ids=[EOS_ID])]
-        for (_, completion), ids in zip(batch, torch.stack(columns, dim=1).tolist()):
-            written, right = (answer(tokenizer.decode([t for t in text if t != EOS_ID]))
-                              for text in (ids, completion))
+        rows = complete(model, tokenizer, [prompt for prompt, _ in batch], 2 * longest,
+                        stop_ids=[EOS_ID], temperature=0.0)
+        for (_, completion), row in zip(batch, rows):
+            written, right = answer(row.text), answer(tokenizer.decode(completion))
             solved += written is not None and written == right
     return solved, len(pairs)
 
@@ -128,15 +132,29 @@ def wilson(k, n, z=1.96):
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def score_here(model, about, table):
+    """Put losses and solved problems of the checkpoint's own data sets into the table."""
+    tokenizer = get_tokenizer(model.config.vocab_size)
+    names = list(about['knobs'].get('data', ()))
+    if not names:
+        raise ValueError(f'{about["path"]} names no data sets, as a checkpoint of train.py does')
+    data = open_data(data_dir or about['knobs']['data_dir'], names, model.config.vocab_size)
+    with torch.no_grad():
+        table['validation'] = {name: validation_loss(model, data[name], block_size)
+                               for name in names}
+    if problems and data.get('arith') and data['arith'].masks:     # which tell where prompts end
+        table['arithmetic'] = arithmetic(model, data['arith'], tokenizer)
+
+
 # --------------------------------------------------------------------------------------------------
 # lm-eval's tasks
 
 def load_dataset(load, hub, path, *args, **knobs):
     """datasets.load_dataset, but from data_dir where that has the folder `path`."""
     local = Path(hub['data_dir'], path)
-    if not Path(path).exists() and local.is_dir():       # a task may also name a file of its own
-        path = str(local)
-    elif hub['reached'] is None and path not in ('json', 'csv', 'text', 'parquet'):
+    if local.is_dir() and not Path(path).exists():       # a task may also name a folder of its own
+        return load(str(local), *args, **knobs)
+    if hub['reached'] is None and path not in ('json', 'csv', 'text', 'parquet'):
         from huggingface_hub import constants, get_session
         try:                                   # once, as the library would try again and again
             get_session().head(constants.ENDPOINT, timeout=10)
@@ -144,7 +162,8 @@ def load_dataset(load, hub, path, *args, **knobs):
         except Exception:  # noqa: BLE001                          (of whatever HTTP library)
             hub['reached'] = False
             import datasets
-            constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True     # its cache is left
+            # what it has cached still loads
+            constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         return load(path, *args, **knobs)
     except Exception as e:
@@ -155,7 +174,7 @@ def load_dataset(load, hub, path, *args, **knobs):
 
 
 def code_eval(name, *args, **knobs):
-    """What tasks get for evaluate.load('code_eval'), which would run programs in this process."""
+    """What tasks get for evaluate.load('code_eval'), which runs programs in a mere fork of ours."""
     if name != 'code_eval':
         raise ValueError(f'its metric {name} comes from the hub as a program')
     if not allow_code_execution:
@@ -166,20 +185,24 @@ def code_eval(name, *args, **knobs):
 
 
 def wikitext2(model, tokenizer):
-    """{T: perplexity a token and a word, bits a byte} of WikiText-2's test set in windows of T."""
-    from datasets import load_dataset
-    text = '\n\n'.join(load_dataset('Salesforce/wikitext', 'wikitext-2-raw-v1',
-                                    split='test')['text'])
+    """{'wikitext2_T': perplexities a token and a word, bits a byte} of its test set at `lengths`.
+
+    With a limit, of so many windows; their words and bytes are then taken to be a like share.
+    """
+    import datasets
+    text = '\n\n'.join(datasets.load_dataset('Salesforce/wikitext', 'wikitext-2-raw-v1',
+                                             split='test')['text'])     # as run_tasks patched it
     ids, found = torch.tensor(tokenizer.encode_ordinary(text)), {}
     for T in int_list('lengths', lengths):
-        total = 0.0
-        starts = range(0, len(ids) - 1, T)[:limit or None]
-        for a in tqdm(starts, desc=f'wikitext2, {T} tokens', leave=False, disable=None):
-            x, y = ids[a:a + T + 1][:-1], ids[a + 1:a + T + 1]
+        total = n = 0
+        for a in tqdm(range(0, len(ids) - 1, T)[:limit or None], desc=f'wikitext2, {T} tokens',
+                      leave=False, disable=None):
+            window = ids[a:a + T + 1].to(device)
+            x, y = window[None, :-1], window[None, 1:]                          # (1, T)
             with torch.no_grad():
-                total += model(x[None].to(device), y[None].to(device))[1].item() * len(y)
-        n = min(len(starts) * T, len(ids) - 1)                   # every token but the first
-        share = n / len(ids)                                       # of the text, with a limit
+                total += model(x, y)[1].item() * y.numel()
+            n += y.numel()                                         # every token but the first
+        share = n / len(ids)
         found[f'wikitext2_{T}'] = {
             'perplexity': math.exp(total / n),
             'word_perplexity': math.exp(total / (share * len(text.split()))),
@@ -214,33 +237,38 @@ def find_tasks(names):
         manager = TaskManager(**knobs)                             # reading all takes 20 s
     for name in names:
         if name not in manager.all_tasks:
-            near = [n for n in manager.all_tasks if n.startswith(name[:4])][:3]
-            fail(f'tasks: lm-eval has no task {name!r}' + (f'; {", ".join(near)}?' if near else ''))
+            near = difflib.get_close_matches(name, manager.all_tasks, 1)
+            fail(f'tasks: lm-eval has no task {name!r}' + (f', the nearest is {near[0]!r}'
+                                                           if near else ''))
     return manager
 
 
-def run_tasks(names, table, save):
-    """Score the checkpoint on tasks, one by one, into table['tasks']; returns those left out."""
+def run_tasks(wanted, about, table, save):
+    """Score the checkpoint on {task: shots or None} into table['tasks']; returns those left out."""
     import datasets
 
     from harness import XmodelLM
     logging.getLogger('lm_eval').setLevel(logging.ERROR)
-    os.environ['DISABLE_MULTIPROC'] = '1'
+    os.environ['DISABLE_MULTIPROC'] = '1'            # else lm-eval bootstraps in many processes
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    manager = find_tasks([name for name in names if name != 'wikitext2'])
-    lm = XmodelLM(checkpoint, device, batch_tokens, dtype=dtype)
-    hub = {'data_dir': data_dir or lm.about['knobs'].get('data_dir', 'data'), 'reached': None}
+    manager = find_tasks([name for name in wanted if name != 'wikitext2'])
+    lm = XmodelLM(about['path'], device, batch_tokens, dtype=dtype)
+    hub = {'data_dir': data_dir or about['knobs'].get('data_dir', 'data'), 'reached': None}
     left_out = []
     with mock.patch('datasets.load_dataset', partial(load_dataset, datasets.load_dataset, hub)), \
             mock.patch('evaluate.load', code_eval), \
             mock.patch('lm_eval.api.task.tqdm', partial(tqdm, leave=False, disable=None)):
-        for name in names:
-            shots = num_fewshot if num_fewshot >= 0 else PAPER[name][0] if name in paper() else None
-            settings = {'shots': shots, 'limit': limit, 'dtype': dtype}
-            entry = table['tasks'].get(name)
-            if not resume or not entry or entry['settings'] != settings:
-                entry = {'settings': settings, 'parts': {}, 'scores': None}
+        for name, shots in wanted.items():
+            settings = {'shots': shots, 'limit': limit, 'dtype': dtype} | (
+                {'lengths': lengths} if name == 'wikitext2' else {})
+            entry = resume and table['tasks'].get(name) or {
+                'settings': settings, 'parts': {}, 'scores': None}
+            if entry['settings'] != settings:
+                kept = ', '.join(f'{key}={value}' for key, value in entry['settings'].items())
+                left_out.append(leave_out(name, f'its kept scores have {kept}; without --resume '
+                                                'they are replaced'))
+                continue
             if entry['scores']:
                 continue
             try:
@@ -256,48 +284,49 @@ def run_tasks(names, table, save):
                     groups = {group.name: group.aggregate(entry['parts'])
                               for group in loaded['groups'].values() if group.has_aggregation}
                     entry['scores'] = groups or entry['parts']
+            except OSError as e:
+                if e.filename:
+                    raise                                          # of our own file of scores
+                left_out.append(leave_out(name, e))
             except Exception as e:  # noqa: BLE001                 (a task's own code can raise any)
-                lines = str(e).splitlines() or [type(e).__name__]
-                print(f'eval.py: {name} is left out: {lines[0][:300]}', file=sys.stderr)
-                left_out.append(name)
+                left_out.append(leave_out(name, e))
             else:
                 table['tasks'][name] = entry
                 save()
     return left_out
 
 
-def paper():
-    """The paper's tasks, if they are asked for as such."""
-    return PAPER if 'paper' in tasks.split(',') else {}
+def leave_out(name, error):
+    """Say in one line why a task is left out; returns its name."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    print(f'eval.py: {name} is left out: {lines[0][:300]}', file=sys.stderr)
+    return name
 
 
 def rows_of(table):
-    """Rows [task, shots, metric, score, its standard error, the paper's, after stable 1]."""
+    """Rows (task, shots, metric, score, standard error, the paper's, its after stable 1)."""
     rows, of_paper = [], []
     for name, entry in table['tasks'].items():
         shots, metric, final, early = PAPER.get(name, (None, None, None, None))
         settings = entry['settings']
         compared = name in PAPER and settings['shots'] == shots and not settings['limit']
-        used = {part['shots'] for part in entry['parts'].values()}
+        used = '/'.join(map(str, sorted({part['shots'] for part in entry['parts'].values()})))
         for part, scores in (entry['scores'] or {}).items():
+            whole = compared and name == part                      # not a subject of it
             for key, value in scores.items():
                 what, _, kind = key.partition(',')
-                if not isinstance(value, float) or '_stderr' in what:
-                    continue
-                if compared and name == part and key != metric:
+                if not isinstance(value, float) or '_stderr' in what or whole and key != metric:
                     continue
                 error = scores.get(f'{what}_stderr,{kind}')
                 # shares are told in per cent, as the paper does
                 unit = 100 if re.match('acc|exact_match|math_verify|pass', what) else 1
-                row = [part, '/'.join(map(str, sorted(used))), key.removesuffix(',none'),
-                       value * unit, error * unit if isinstance(error, float) else None]
-                if compared and name == part:
-                    of_paper.append(value * unit)
-                    row += [final, early]
-                rows.append(row)
+                rows.append((part, used, key.removesuffix(',none'), value * unit,
+                             error * unit if isinstance(error, float) else None,
+                             *((final, early) if whole else (None, None))))
+                of_paper += [value * unit] if whole else []
     if len(of_paper) == len(PAPER):
-        rows.append(['average of the 13', '', '', sum(of_paper) / len(PAPER), None,
-                     PAPER_AVERAGE])
+        rows.append(('average of the 13', '', '', sum(of_paper) / len(PAPER), None, PAPER_AVERAGE,
+                     None))
     return rows
 
 
@@ -314,10 +343,11 @@ def markdown(table):
         lines += [f'arithmetic: {solved} of {tried} solved, {solved / tried:.1%}, 95 % interval '
                   + f'{low:.1%} to {high:.1%}', '']
     if rows := rows_of(table):
-        lines += ['| task | shots | metric | score | ± | Xmodel-2.5 | after stable 1 |',
+        lines += ['| task | shots | metric | score | std. error | Xmodel-2.5 | after stable 1 |',
                   '| --- | --- | --- | --- | --- | --- | --- |']
         for task, shots, metric, *numbers in rows:
-            cells = [f'{n:.2f}' if n is not None else '' for n in [*numbers, None, None][:4]]
+            digits = 4 if 'bits' in metric else 2
+            cells = ['' if n is None else f'{n:.{digits}f}' for n in numbers]
             lines.append(' | '.join(['| ' + task, shots, metric, *cells]) + ' |')
         lines.append('')
     return '\n'.join(lines)
@@ -329,16 +359,15 @@ def markdown(table):
 def open_table(about):
     """(the table of scores kept so far, a function that saves it) of a checkpoint."""
     path = Path(about['path'])
-    file = path.with_suffix('.eval.json')
-    stat = path.stat()
-    table = {'checkpoint': path.name, 'bytes': stat.st_size, 'modified': stat.st_mtime_ns,
-             'step': about['step'], 'tokens': about['tokens'],
-             'validation': {}, 'arithmetic': None, 'tasks': {}}
+    file, stat = path.with_suffix('.eval.json'), path.stat()
+    which = {'checkpoint': path.name, 'bytes': stat.st_size, 'modified': stat.st_mtime_ns,
+             'step': about['step'], 'tokens': about['tokens']}
+    table = which | {'validation': {}, 'arithmetic': None, 'tasks': {}}
     try:
         kept = json.loads(file.read_text(encoding='utf-8'))
-        if [kept[key] for key in list(table)[:5]] == list(table.values())[:5]:
-            table |= {key: kept[key] for key in list(table)[5:]}
-            markdown(table)
+        if {key: kept[key] for key in which} == which:
+            markdown(kept)                                         # which raises if it is damaged
+            table = kept
         elif resume:
             fail(f'{file} has scores of another {path.name}; without --resume they are replaced')
     except FileNotFoundError:
@@ -357,18 +386,29 @@ def main():
     check_range(globals(), 1, math.inf, 'eval_tokens', 'block_size', 'batch_size', 'batch_tokens')
     check_range(globals(), 0, math.inf, 'problems', 'limit')
     check_range(globals(), -1, math.inf, 'num_fewshot')
-    names = [name for name in tasks.split(',') if name]
-    names = list(dict.fromkeys(n for name in names for n in (PAPER if name == 'paper' else [name])))
     int_list('lengths', lengths)
     if include_path and not Path(include_path).is_dir():
         fail(f'include_path={include_path}: there is no such folder')
+    wanted = {}                                                    # task: shots, or None: its own
+    for name in filter(None, tasks.split(',')):
+        wanted |= {n: p[0] for n, p in PAPER.items()} if name == 'paper' else {name: None}
+    if num_fewshot >= 0:
+        wanted = dict.fromkeys(wanted, num_fewshot)
     left_out = []
     try:
-        model, about = load_model(checkpoint, torch.device(device))
-        table, save = open_table(about)
-        if names:
-            del model                                            # run_tasks reads it in its dtype
-            left_out = run_tasks(names, table, save)
+        if wanted:                                                 # run_tasks loads it in its dtype
+            torch.empty(0, device=device)
+            about = read_checkpoint(checkpoint)
+        else:
+            model, about = load_model(checkpoint, torch.device(device))
+    except ValueError as e:
+        fail(e)
+    except (RuntimeError, AssertionError) as e:
+        fail(f'device={device!r} cannot be used here: {str(e).splitlines()[0][:120]}')
+    table, save = open_table(about)
+    try:
+        if wanted:
+            left_out = run_tasks(wanted, about, table, save)
         else:
             score_here(model, about, table)
             save()
@@ -377,25 +417,9 @@ def main():
     except ModuleNotFoundError as e:
         fail(f'{e.name} is missing: pip install lm_eval')
     except OSError as e:
-        fail(f'{e.filename}: {e.strerror}')
-    except (RuntimeError, AssertionError) as e:
-        fail(f'device={device!r} cannot be used here: {str(e).splitlines()[0][:120]}')
+        fail(f'{e.filename}: {e.strerror}' if e.filename else e)
     print(markdown(table), end='')
     sys.exit(1 if left_out else 0)
-
-
-def score_here(model, about, table):
-    """Put losses and solved problems of the checkpoint's own data sets into the table."""
-    tokenizer = get_tokenizer(model.config.vocab_size)
-    names = list(about['knobs'].get('data', ()))
-    if not names:
-        raise ValueError(f'{about["path"]} names no data sets, as a checkpoint of train.py does')
-    data = open_data(data_dir or about['knobs']['data_dir'], names, model.config.vocab_size)
-    with torch.no_grad():
-        table['validation'] = {name: validation_loss(model, data[name], block_size)
-                               for name in names}
-    if problems and data.get('arith') and data['arith'].masks:
-        table['arithmetic'] = arithmetic(model, data['arith'], tokenizer)
 
 
 if __name__ == '__main__':

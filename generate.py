@@ -1,6 +1,6 @@
-"""Generation: a prompt in, one more token a step, as sample.py and eval.py need it.
+"""Generation: a prompt in, one more token a step, as sample.py, eval.py and harness.py need it.
 
-    rows = complete(model, tokenizer, [ids, ids], 100, stop=['\n\n'], temperature=0.0)
+    rows = complete(model, tokenizer, [ids, ids], 100, stop_ids=[EOS_ID], temperature=0.0)
 
 Each layer keeps the keys and values of all tokens so far (KV cache), so a step reads one new token.
 It does little arithmetic then: its time is that of reading every weight once, and of starting some
@@ -18,14 +18,17 @@ from tokenizer import special_ids
 # --------------------------------------------------------------------------------------------------
 # One pass over what is new
 
-SLICES = max(8, torch.get_num_threads())
+# of a weight: a power of two, which divides most sizes, as many as there are threads or more; on
+# 2 threads 8 slices are faster than 2 where there are 8 rows
+SLICES = max(8, 1 << (torch.get_num_threads() - 1).bit_length())
 
 
 class SlicedLinear(nn.Linear):
     """A linear that multiplies few rows on all cores.
 
     A new token is one row, and a product takes as long as reading the weight. BLAS does that on
-    one core; a batch of products, with a slice of the weight each, it shares out.
+    one core (here 14 ms for the proxy's 80 MB); a batch of products, with a slice of the weight
+    each, it shares out (8 ms on two cores).
     """
 
     def forward(self, x):
@@ -39,18 +42,17 @@ def sliced_linear(x, weight):
         return F.linear(x, weight)
     y = torch.bmm(x.reshape(1, rows, K).expand(SLICES, rows, K),
                   weight.view(SLICES, N // SLICES, K).mT)
-    return y.transpose(0, 1).reshape(*x.shape[:-1], N)             # (n, rows, N/n) -> (..., N)
+    return y.transpose(0, 1).reshape(*x.shape[:-1], N)             # (SLICES, rows, ...) -> (..., N)
 
 
 class KVCache:
-    """One layer's keys and values, k and v (B, n_kv_head, max_len, hd), zeros where none is yet.
+    """One layer's keys and values, k and v (B, n_kv_head, max_len, hd), of B texts."""
 
-    (A masked column of NaN would still make the output NaN.)
-    """
-
-    def __init__(self, B, c, max_len, like):
+    def __init__(self, model, B, max_len):
+        c, like = model.config, model.embed.weight
+        # not empty: attention gives a masked column the weight 0, and 0 x NaN is NaN
         self.k, self.v = (like.new_zeros(B, c.n_kv_head, max_len, c.hd) for _ in range(2))
-        self.at, self.seen = None, 0
+        self.at, self.seen = None, 0                   # set by whoever runs the model: see append
 
     def append(self, k, v):
         """Put k, v (B, n_kv_head, T, hd) into columns `at` (T,); returns the first `seen` ones."""
@@ -63,26 +65,30 @@ class Decoder:
     """A model with the keys and values of B texts, padded on the left, by pad (B,), to one length.
 
     decoder(idx) reads their next T ids, (B, T), and returns the logits after the last, (B, V).
+    The model's linears become SlicedLinear for good: the class alone changes, not the weights.
     """
 
     def __init__(self, model, pad, compiled=False):
         self.model, self.pad, self.padded = model, pad, bool(pad.any())
-        self.compiled = torch.compile(one_pass, dynamic=False, fullgraph=True) if compiled else None
+        self.compiled_pass = torch.compile(one_pass, dynamic=False, fullgraph=True) \
+            if compiled else None
         self.caches, self.max_len, self.end = [], 0, 0             # end: columns that hold a token
-        self.last = torch.zeros(1, dtype=torch.long, device=pad.device)
+        self.one_column = torch.zeros(1, dtype=torch.long, device=pad.device)
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = SlicedLinear
 
     def reserve(self, max_len):
-        """Make room for max_len tokens, and keep what is there: so no step has to allocate."""
+        """Make room for max_len tokens, and keep what is there: so no step has to allocate.
+
+        In few sizes, as a compiled step is for one; at least doubled, as a chat grows by turns.
+        """
         if max_len <= self.max_len:
             return
-        self.max_len = max(max_len, 2 * self.max_len)
-        self.keys = torch.arange(self.max_len, device=self.pad.device)
-        old, self.caches = self.caches, [
-            KVCache(len(self.pad), self.model.config, self.max_len, self.model.embed.weight)
-            for _ in self.model.blocks]
+        self.max_len = max(-(-max_len // 256) * 256, 2 * self.max_len)
+        self.keys = torch.arange(self.max_len, device=self.pad.device)          # all columns
+        old, self.caches = self.caches, [KVCache(self.model, len(self.pad), self.max_len)
+                                         for _ in self.model.blocks]
         for new, there in zip(self.caches, old):
             new.k[:, :, :self.end] = there.k[:, :, :self.end]
             new.v[:, :, :self.end] = there.v[:, :, :self.end]
@@ -92,12 +98,13 @@ class Decoder:
         T, first = idx.size(1), self.end
         self.reserve(first + T)
         self.end = first + T
-        static = self.compiled and T == 1          # then all shapes are those of the step before
-        at = self.last.fill_(first) if T == 1 else torch.arange(first, self.end, device=idx.device)
+        # a compiled step has the same shapes each time: it reads all columns, and masks most
+        static = self.compiled_pass is not None and T == 1
+        at = self.one_column.fill_(first) if T == 1 else self.keys[first:self.end]
         for cache in self.caches:
             cache.at, cache.seen = at, self.max_len if static else self.end
         keys = self.keys[:self.caches[0].seen] if first or self.padded else None
-        step = self.compiled if static else one_pass
+        step = self.compiled_pass if static else one_pass
         return step(self.model, self.caches, idx, at, self.pad, keys)
 
 
@@ -125,10 +132,11 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
              generator=None, done=None, decoder=None, compiled=False):
     """Continue B prompts, non-empty lists of token ids of any lengths.
 
-    Yields a step's (ids (B,), their natural log-probabilities in the whole distribution (B,)).
-    temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole. A row that has met
-    one of stop_ids, or that the caller marks in done (B,), repeats its last token; generation ends
-    when all rows have. decoder: one that has read all but `prompts` already.
+    Yields a step's (ids (B,), their natural log-probabilities (B,), before temperature, top_k and
+    top_p). temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole. A row that
+    has met one of stop_ids, or that the caller marks in done (B,) bool, changed in place, repeats
+    its last token; generation ends when all rows have. decoder: a Decoder that has read what comes
+    before `prompts`; `compiled` is then its own.
     """
     device = model.embed.weight.device
     P, stops = max(map(len, prompts)), torch.tensor(stop_ids, dtype=torch.long, device=device)
@@ -153,68 +161,74 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
 
 def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """logits (B, vocab_size) -> ids (B,), of the top_k likeliest and those making up mass top_p."""
-    if min(temperature, top_p) < 1e-6:                # in fp32 a division by it would overflow
+    if min(temperature, top_p) < 1e-6:                # one token is left; 0 is no divisor
         return logits.argmax(-1)
     logits, ids = (logits / temperature).sort(descending=True)     # (B, vocab_size) each
     if top_k:
         logits[:, top_k:] = -math.inf
     p = logits.softmax(-1)
-    p[p.cumsum(-1) - p >= top_p] = 0                               # the likeliest always stays
+    if top_p < 1:                                     # in fp32 a sum over all may exceed 1
+        p[p.cumsum(-1) - p >= top_p] = 0                           # the likeliest always stays
     return ids.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 
 class Continuation:
-    """The text of one sample while its tokens arrive, up to a stop string or an end-of-text id."""
+    """The text of one sample while its tokens arrive, up to a stop string or an end-of-text id.
+
+    text, ids as drawn, their logprobs, and finish: 'eos', 'stop' or 'length', None before the end.
+    """
 
     def __init__(self, tokenizer, prompt_ids, stop=(), stop_ids=()):
         self.tokenizer, self.stop, self.stop_ids = tokenizer, [s for s in stop if s], set(stop_ids)
-        # decoded so far: context[:b]; [a:b] is read again, as a token may end mid-character
-        self.context, self.a, self.b = list(prompt_ids), 0, len(prompt_ids)
-        self.ids, self.logprobs, self.text, self.told, self.finish = [], [], '', 0, None
+        # A token may end mid-character, and its text depend on the one before it. So
+        # context[start:] is decoded, and what context[start:end], which is in text, gives is cut.
+        self.context, self.start, self.end = list(prompt_ids), 0, len(prompt_ids)
+        self.ids, self.logprobs, self.text, self.finish = [], [], '', None
+        self.n_streamed = 0
 
     def add(self, token, logprob):
         """Take in one more id, unless the sample has ended."""
-        tokenizer = self.tokenizer
         if self.finish:
             return
         self.ids.append(token)
         self.logprobs.append(logprob)
         if token in self.stop_ids:
-            self.finish = 'eos'
-        elif token < tokenizer.n_vocab and token not in special_ids(tokenizer):
+            self.add_text()
+            self.finish = self.finish or 'eos'
+        elif token < self.tokenizer.n_vocab and token not in special_ids(self.tokenizer):
             self.context.append(token)
-            text = tokenizer.decode(self.context[self.a:])
-            if not text.endswith('\ufffd'):
-                self.take(text)
+            self.add_text(whole=True)
 
-    def take(self, text):
-        """Take in the text of context[a:]."""
-        self.text += text[len(self.tokenizer.decode(self.context[self.a:self.b])):]
-        self.a, self.b = self.b, len(self.context)
+    def add_text(self, whole=False):
+        """Add the text of context[end:]; whole: unless it ends in the midst of a character."""
+        text = self.tokenizer.decode(self.context[self.start:])
+        if self.end == len(self.context) or whole and text.endswith('\ufffd'):
+            return
+        self.text += text[len(self.tokenizer.decode(self.context[self.start:self.end])):]
+        self.start, self.end = self.end, len(self.context)
         if found := [self.text.find(s) for s in self.stop if s in self.text]:
             self.text, self.finish = self.text[:min(found)], 'stop'
 
-    def end(self):
-        """Take in what is left: half a character, where max_new_tokens cut it."""
-        if not self.finish and self.b < len(self.context):
-            self.take(self.tokenizer.decode(self.context[self.a:]))
-        self.finish = self.finish or 'length'
-        return self
+    def close(self):
+        """No more tokens come."""
+        if not self.finish:
+            self.add_text()
+            self.finish = self.finish or 'length'
 
-    def news(self):
-        """Text not yet told, but for an end of it that could begin a stop string."""
+    def unstreamed(self):
+        """Text not yet returned by this, but for an end of it that could begin a stop string."""
         held = 0 if self.finish else max((n for s in self.stop for n in range(1, len(s))
                                           if self.text.endswith(s[:n])), default=0)
-        new = self.text[self.told:len(self.text) - held]
-        self.told += len(new)
+        new = self.text[self.n_streamed:len(self.text) - held]
+        self.n_streamed += len(new)
         return new
 
 
-def complete(model, tokenizer, prompts, max_new_tokens, stop=(), stop_ids=(), tell=None,
+def complete(model, tokenizer, prompts, max_new_tokens, stop=(), stop_ids=(), on_text=None,
              **sampling):
-    """The Continuations of B prompts, lists of ids; if there is one, tell(text) hears it grow.
+    """The Continuations of B prompts, lists of ids.
 
-    sampling: of generate, its knobs.
+    on_text(text) is given the first row's text as it grows. sampling: other arguments of generate.
     """
     rows = [Continuation(tokenizer, ids, stop, stop_ids) for ids in prompts]
     done = torch.zeros(len(rows), dtype=torch.bool, device=model.embed.weight.device)
@@ -223,10 +237,15 @@ def complete(model, tokenizer, prompts, max_new_tokens, stop=(), stop_ids=(), te
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist()):
             row.add(token, logprob)
         done |= torch.tensor([row.finish is not None for row in rows], device=done.device)
-        if tell:
-            tell(rows[0].news())
+        if on_text:
+            on_text(rows[0].unstreamed())
     for row in rows:
-        row.end()
-    if tell:
-        tell(rows[0].news())
+        row.close()
+    if on_text:
+        on_text(rows[0].unstreamed())
     return rows
+
+
+def common_prefix(a, b):
+    """How many elements two sequences share at their beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

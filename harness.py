@@ -22,11 +22,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from checkpoint import load_model
-from generate import KVCache, complete
+from generate import KVCache, common_prefix, complete
 from model import rope_angles
 from tokenizer import CHAT_TEMPLATE, OtherTokenizer, chat_prompt, special_ids, tokenizer_of
 
-LONGEST_ROW = 1024            # tokens of all branches of a group: each is masked from all others
+LONGEST_ROW = 1024            # tokens of a group's branches: attention costs their square
 
 
 class Branch:
@@ -38,15 +38,12 @@ class Branch:
         self.scored = max(len(continuation) for _, continuation in asked)
 
 
-def common_prefix(a, b):
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
-
 def groups_of(branches):
     """Branches in groups [(prefix length, [branch, ...]), ...], with few tokens to read in all.
 
-    In sorted order, a branch joins its neighbour's group if that saves a quarter of its tokens,
-    though the group's prefix may get shorter, and the rest of it be read once a branch.
+    In sorted order, a branch joins its neighbour's group if that saves a quarter of its tokens.
+    Alone it costs len(ids). Joining it saves `joined` of them; but where that shortens the group's
+    prefix, what is cut from it is read once by each member, in place of once.
     """
     groups, length, members = [], 0, []
     for branch in sorted(branches, key=lambda branch: branch.ids):
@@ -87,7 +84,7 @@ def score(model, groups):
             at = end
     prefix, ids, positions, which = (t.to(device) for t in (prefix, ids, positions, which))
 
-    caches = [KVCache(G, c, P + S, model.embed.weight) for _ in model.blocks] if P else None
+    caches = [KVCache(model, G, P + S) for _ in model.blocks] if P else None
     if P:
         for cache in caches:
             cache.at, cache.seen = torch.arange(P, device=device), P
@@ -102,19 +99,18 @@ def score(model, groups):
         mask = torch.cat((in_prefix[:, None].expand(G, S, P), own), -1)[:, None]
     x = model.hidden(ids, *rope_angles(positions, c.hd, c.rope_theta), caches, mask)    # (G, S, C)
 
-    asked.sort()
-    places = torch.tensor(sorted({place for place, _, _ in asked}), device=device)
+    place, token, number = torch.tensor(asked, device=device).T                 # (n,) each
+    n = int(number.max()) + 1
+    likelihood, misses = torch.zeros(n, device=device), torch.zeros(n, device=device)
     step = max(1, 2**(28 if x.is_cuda else 24) // c.vocab_size)     # 1 GB (64 MB) of logits in fp32
-    likelihood, greedy, asked = {}, {}, groupby(asked, key=lambda entry: entry[0])
-    for some in places.split(step):
-        logits = model.logits(x.flatten(0, 1)[some]).float()                    # (step, V)
-        logprobs, best = logits.log_softmax(-1), logits.argmax(-1).tolist()
-        for likeliest, row in zip(best, logprobs):
-            for _, token, number in next(asked)[1]:
-                likelihood[number] = likelihood.get(number, 0.0) + row[token].item()
-                greedy[number] = greedy.get(number, True) and likeliest == token
-    for number, value in likelihood.items():
-        yield number, value, greedy[number]
+    for some in torch.arange(len(asked), device=device).split(step):
+        logits = model.logits(x.flatten(0, 1)[place[some]]).float()             # (step, V)
+        right = logits.log_softmax(-1).gather(1, token[some, None])[:, 0]       # (step,)
+        likelihood.index_add_(0, number[some], right)
+        misses.index_add_(0, number[some], (logits.argmax(-1) != token[some]).float())
+    values, greedy = likelihood.tolist(), (misses == 0).tolist()
+    for i in number.unique().tolist():
+        yield i, values[i], greedy[i]
 
 
 @register_model('xmodel')
@@ -160,9 +156,9 @@ class XmodelLM(TemplateLM):
     # --- log-likelihoods ---
 
     def loglikelihood(self, requests, disable_tqdm=False):
-        return super().loglikelihood(requests, disable_tqdm=True)              # we show our own bar
+        return super().loglikelihood(requests, disable_tqdm=True)  # its bar of tokenizing, not ours
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
+    def _loglikelihood_tokens(self, requests, **_):
         """[(texts, ids before, ids to score)] -> [(log-likelihood, whether it is greedy)].
 
         What is too long loses its beginning.
@@ -174,12 +170,13 @@ class XmodelLM(TemplateLM):
             ids = (*context, *continuation)[-self.max_length - 1:-1]
             asked.setdefault(ids, []).append((number, continuation[-self.max_length:]))
         groups = groups_of([Branch(*entry) for entry in asked.items()]) if asked else []
-        # the longest come first, so that what does not fit into memory fails at once
         size = {id(members): (length, sum(len(branch.ids) - length for branch in members))
                 for length, members in groups}
-        groups.sort(key=lambda group: [-n for n in size[id(group[1])]])
+        # alike beside one another, so that little is padding; long first, to see soon what is too
+        # much for the memory
+        groups.sort(key=lambda group: size[id(group[1])], reverse=True)
         with tqdm(total=sum(sum(n) for n in size.values()), desc=self.task, unit='tok',
-                  unit_scale=True, leave=False, disable=disable_tqdm or None) as bar:
+                  unit_scale=True, leave=False, disable=None) as bar:
             while groups:
                 n, longest = 0, (0, 0)
                 for n, (_, members) in enumerate(groups):
@@ -205,7 +202,7 @@ class XmodelLM(TemplateLM):
                    for window in get_rolling_token_windows(
                        self.tok_encode(text), self.prefix_token_id, self.max_length, 1)]
         totals = [0.0] * len(requests)
-        values = self._loglikelihood_tokens([window for _, window in windows], disable_tqdm)
+        values = self._loglikelihood_tokens([window for _, window in windows])
         for (number, _), (value, _) in zip(windows, values):
             totals[number] += value
         for request, total in zip(requests, totals):
@@ -223,13 +220,12 @@ class XmodelLM(TemplateLM):
             for _, part in groupby(order, key=lambda i: repr(requests[i].args[1])):
                 part = list(part)                                  # those with the same settings
                 how = normalize_gen_kwargs(requests[part[0]].args[1])
-                until, n = how.get('until') or [], how['max_gen_toks']
-                until = [until] if isinstance(until, str) else until
+                until, n = how['until'], how['max_gen_toks']
                 room = self.max_length - n
                 if room <= 0:
                     raise ValueError(f'{n} tokens are to be generated, and the model is meant for '
                                      f'texts of {self.max_length}')
-                sampling = {'temperature': how.get('temperature') or 0.0,
+                sampling = {'temperature': how['temperature'],
                             'top_k': how.get('top_k') or 0, 'top_p': how.get('top_p') or 1.0,
                             'generator': torch.Generator(self._device).manual_seed(
                                 random.getrandbits(32))}
@@ -241,6 +237,7 @@ class XmodelLM(TemplateLM):
                     rows = complete(self.model, self.tokenizer, [prompts[i] for i in batch], n,
                                     until, self.about['eos_ids'], **sampling)
                     for i, row in zip(batch, rows):
+                        # as lm-eval's own model: decoded without the prompt, and cut by its rule
                         texts[i] = postprocess_generated_text(self.decode(row.ids), until, None)
                         self.cache_hook.add_partial('generate_until', requests[i].args, texts[i])
                     bar.update(len(batch))

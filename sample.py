@@ -1,7 +1,7 @@
-"""Write text with a trained model, token by token; or talk with it.
+r"""Write text with a trained model, token by token; or talk with it.
 
     python sample.py out/proxy20m --prompt="def fib(n):"       # newest checkpoint of the run
-    python sample.py out/proxy20m/step_800.pt --num_samples=3 --temperature=0.7 --stop='["\\n\\n"]'
+    python sample.py out/proxy20m/step_800.pt --num_samples=3 --temperature=0.7 --stop='["\n\n"]'
     cat question.txt | python sample.py out/proxy20m --prompt=-
     python sample.py out/proxy20m --chat                       # Ctrl-D ends it
     python sample.py out/proxy20m --batch=FILE.jsonl --format=json > answers.jsonl
@@ -19,14 +19,13 @@ import json
 import math
 import sys
 import time
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from checkpoint import load_model
 from configurator import check_range, configure, fail
-from generate import Decoder, complete
+from generate import Decoder, common_prefix, complete
 from tokenizer import OtherTokenizer, chat_prompt, tokenizer_of
 
 checkpoint = 'out/proxy20m'   # a step_N.pt, or a run's folder: its newest checkpoint
@@ -53,18 +52,21 @@ def read_batch(file):
     """The prompts in the lines of a .jsonl file; ValueError names the line that has none."""
     prompts = []
     try:
-        for n, line in enumerate(Path(file).read_text(encoding='utf-8').splitlines(), 1):
-            try:
-                match json.loads(line):
-                    case {'prompt': str(text)} if text:
-                        prompts.append(text)
-                    case {'messages': [*turns]} if turns:
-                        prompts.append(chat_prompt(turns))
-                    case _:
-                        raise ValueError
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise ValueError(f'{file}: line {n} should be {{"prompt": TEXT}} or {{"messages": '
-                                 '[{"role": ..., "content": ...}, ...]}') from None
+        with open(file, encoding='utf-8') as f:
+            for n, line in enumerate(f, 1):
+                if not line.strip():
+                    continue
+                try:
+                    match json.loads(line):
+                        case {'prompt': str(text)} if text:
+                            prompts.append(text)
+                        case {'messages': [*turns]} if turns:
+                            prompts.append(chat_prompt(turns))
+                        case _:
+                            raise ValueError
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                    raise ValueError(f'{file}: line {n} should be {{"prompt": TEXT}} or '
+                                     '{"messages": [{"role": ..., "content": ...}, ...]}') from None
     except OSError as e:
         raise ValueError(f'{file}: {e.strerror}') from None
     except UnicodeDecodeError:
@@ -84,18 +86,21 @@ def tell(text):
 
 
 def write(model, tokenizer, texts, how):
-    """num_samples of each text: one text streams, several go batch_size at a time."""
+    """num_samples of each text.
+
+    As text, those of one prompt stream, one after the other; else batch_size go at a time.
+    """
     texts = [text for text in texts for _ in range(num_samples)]
     streams = format == 'text' and not batch
-    size = 1 if streams else batch_size
+    size, began, n = 1 if streams else batch_size, time.time(), 0
     for i in tqdm(range(0, len(texts), size), unit='batch', leave=False,
                   disable=None if batch and not sys.stdout.isatty() else True):
-        began, part = time.time(), texts[i:i + size]
+        part = texts[i:i + size]
         if streams:
             tell(('-' * 80 + '\n' if i else '') + part[0])
         rows = complete(model, tokenizer, [tokenizer.encode_ordinary(text) for text in part],
-                        tell=tell if streams else None, **how)
-        n = sum(len(row.ids) for row in rows)
+                        on_text=tell if streams else None, **how)
+        n += sum(len(row.ids) for row in rows)
         for j, (text, row) in enumerate(zip(part, rows), i):
             if streams:
                 print(flush=True)
@@ -103,7 +108,7 @@ def write(model, tokenizer, texts, how):
                 print(as_json(text, row), flush=True)
             else:
                 print(('-' * 80 + '\n' if j else '') + text + row.text, flush=True)
-        print(f'{n} tokens, {n / (time.time() - began):.1f} tok/s', file=sys.stderr)
+    print(f'{n} tokens, {n / (time.time() - began):.1f} tok/s', file=sys.stderr)
 
 
 def converse(model, tokenizer, how):
@@ -123,13 +128,13 @@ def converse(model, tokenizer, how):
         while len(ids) + max_new_tokens > model.config.block_size and len(turns) > 1:
             del turns[:2]                                 # the oldest turn and its answer
             ids = tokenizer.encode_ordinary(chat_prompt(turns))
-        # as text the answer may be cut into other tokens than those drawn: read again from there
-        decoder.end = next((i for i, (a, b) in enumerate(zip(ids[:-1], read)) if a != b),
-                           min(len(ids) - 1, len(read)))
+        # Encoded anew, the answer may have other tokens than were drawn: read again from the first
+        # that differs.
+        decoder.end = common_prefix(ids[:-1], read)
         if format == 'text' and sys.stdin.isatty():
             tell('Assistant:')
         row, = complete(model, tokenizer, [ids[decoder.end:]], decoder=decoder,
-                        tell=tell if format == 'text' else None, **how)
+                        on_text=tell if format == 'text' else None, **how)
         print(as_json(chat_prompt(turns), row) if format == 'json' else '', flush=True)
         turns.append({'role': 'assistant', 'content': row.text.strip()})
         read = (ids + row.ids)[:decoder.end]

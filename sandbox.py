@@ -2,12 +2,14 @@
 
     python sandbox.py < program.py          # exit code 0 if it ran to its end, and 1 if not
 
-It runs in a process of its own, in an empty folder that is deleted afterwards, with a limit on its
-time, memory and files, no environment variables, and no input or output; then all that it started
-is killed. Where bubblewrap (bwrap) is installed, it has no network either, sees only its own
-processes, and cannot write outside its folder; with util-linux's unshare alone it can write what
-you can. Without both (macOS) it has your network as well, and a process it started may survive. It
-can read what you can read in each case. For more than a benchmark's programs, use a container.
+It runs in a process of its own, in an empty folder that is deleted afterwards, for 3 seconds of CPU
+and 4 in all, with 2 GB of memory and files of 16 MB, none of your environment variables, and no
+input or output; then all that it started is killed. Where bubblewrap (bwrap) is installed, it has
+no network either, sees only its own processes, and cannot write outside its folder; with
+util-linux's unshare alone it can write what you can. Without both (macOS) it has your network as
+well, and a process it started may survive. It can read what you can read in each case; and it can
+say that it has run to its end when it has not, if it looks for the way: this catches accidents, not
+cheats. For more, use a container.
 """
 import json
 import math
@@ -31,34 +33,34 @@ WRAPPERS = (
 
 @lru_cache
 def wrapper():
-    """The first of WRAPPERS that works here, '' where none does."""
-    for wrap in WRAPPERS:
+    """The words of the first of WRAPPERS that works here, [] where none does."""
+    for first, *rest in (wrap.split() for wrap in WRAPPERS):
+        words = [shutil.which(first), *rest]               # in full: programs get no PATH
         with tempfile.TemporaryDirectory() as folder, suppress(OSError):
-            command = [*wrap.format(folder).split(), sys.executable, '-c', '']
-            if subprocess.run(command, capture_output=True, check=False).returncode == 0:
-                return wrap
-    return ''
+            command = [*(word.format(folder) for word in words if word), sys.executable, '-c', '']
+            if words[0] and not subprocess.run(command, capture_output=True,
+                                               check=False).returncode:
+                return words
+    return []
 
 
 def passes(program, seconds=SECONDS):
     """Whether the text of a Python program runs to its end, with no exception, in the time."""
-    # It cannot say so by its exit code, which sys.exit(0) gives, too, but by a word that it cannot
-    # guess, written after its last line.
-    word = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        process = subprocess.Popen(
-            [*wrapper().format(folder).split(), sys.executable, '-I', __file__, '--child'],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            cwd=folder, env={'TMPDIR': folder, 'HOME': folder}, start_new_session=True)
-        said = ''
+    # It cannot say so by its exit code, which sys.exit(0) gives, too, but by a word that it does
+    # not know unless it looks for it, written after its last line.
+    word = secrets.token_hex(16).encode()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, subprocess.Popen(
+            [*(part.format(folder) for part in wrapper()), sys.executable, '-I', __file__,
+             '--child'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            cwd=folder, env={'TMPDIR': folder, 'HOME': folder}, start_new_session=True) as process:
+        said = b''
         try:
             with suppress(subprocess.TimeoutExpired, BrokenPipeError):
-                said, _ = process.communicate(json.dumps([program, word, seconds]), seconds + 1)
+                said, _ = process.communicate(
+                    json.dumps([program, word.decode(), seconds]).encode(), seconds + 1)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            process.stdout.close()
     return said == word
 
 
@@ -69,6 +71,7 @@ def child():
     out = os.dup(1)
     for n in range(3):
         os.dup2(os.open(os.devnull, os.O_RDWR), n)
+    # without unshare, NPROC counts all processes of yours: then it can start none
     for what, most in (('CPU', math.ceil(seconds)), ('AS', MEMORY), ('FSIZE', FILE_SIZE),
                        ('CORE', 0), ('NPROC', 64)):
         with suppress(ValueError, OSError):                        # macOS has no RLIMIT_AS
@@ -86,15 +89,17 @@ class CodeEval:
 
     @staticmethod
     def compute(references, predictions, k=(1,)):
-        """pass@k of each problem's programs, a list for each of references, its test code."""
-        tests = [[f'{program}\n{test}' for program in programs]
-                 for test, programs in zip(references, predictions, strict=True)]
+        """({'pass@K': mean over problems}, whether each program passes) of lists of programs.
+
+        references: each problem's test code. pass@K (eq. 1) is 1 - C(n - c, K) / C(n, K), the
+        chance that of K among its n programs, c of which pass, at least one does.
+        """
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            passed = [list(pool.map(passes, programs)) for programs in tests]
-        # eq. 1: 1 - C(n - c, k) / C(n, k), the chance that of k programs one is right
-        return {f'pass@{some}': sum(
-            1 - math.comb(len(p) - sum(p), some) / math.comb(len(p), some) for p in passed)
-            / len(passed) for some in k if all(len(p) >= some for p in passed)}, passed
+            passed = [list(pool.map(passes, [f'{program}\n{test}' for program in programs]))
+                      for test, programs in zip(references, predictions, strict=True)]
+        return {f'pass@{K}': sum(1 - math.comb(len(p) - sum(p), K) / math.comb(len(p), K)
+                                 for p in passed) / len(passed)
+                for K in k if all(len(p) >= K for p in passed)}, passed
 
 
 if __name__ == '__main__':
@@ -103,7 +108,7 @@ if __name__ == '__main__':
     elif sys.argv[1:] or sys.stdin.isatty():
         print('sandbox.py: wants a program on standard input, and no argument', file=sys.stderr)
         sys.exit(2)
-    elif not shutil.which(wrapper().partition(' ')[0]):
+    elif not wrapper():
         print('sandbox.py: neither bwrap nor unshare works here: the program has your network',
               file=sys.stderr)
     sys.exit(0 if passes(sys.stdin.read()) else 1)

@@ -101,10 +101,15 @@ def test_a_text_read_in_parts_is_the_text_read_at_once():
     whole = Decoder(model, torch.tensor([0, 4]))
     right = whole(text)
     parts = Decoder(model, torch.tensor([0, 4]))
-    for part in text.split((7, 1, 1, 30, 11), dim=1):             # room is made five times
+    parts.reserve(1)
+    parts.max_len = 7                                             # so that room is made again
+    for cache in parts.caches:
+        cache.k, cache.v = cache.k[:, :, :7].clone(), cache.v[:, :, :7].clone()
+    parts.keys = parts.keys[:7]
+    for part in text.split((7, 1, 1, 30, 11), dim=1):
         got = parts(part)
     assert torch.allclose(got, right, atol=1e-4 * right.abs().max())
-    assert parts.max_len > parts.end == 50
+    assert parts.end == 50
     parts.end = 20                                                # back to an earlier place
     again = parts(text[:, 20:])
     assert torch.allclose(again, right, atol=1e-4 * right.abs().max())
@@ -122,9 +127,9 @@ def told(tokens, stop, tokenizer, stop_ids=(EOS_ID,)):
     row, pieces = Continuation(tokenizer, [], stop, stop_ids), []
     for token in tokens:
         row.add(token, 0.0)
-        pieces.append(row.news())
-    row.end()
-    return [*pieces, row.news()], row
+        pieces.append(row.unstreamed())
+    row.close()
+    return [*pieces, row.unstreamed()], row
 
 
 @pytest.mark.parametrize('text, stop, expected, finish', [
@@ -152,6 +157,8 @@ def test_what_ends_a_continuation():
     assert (row.text, row.finish) == ('ab', 'length')
     pieces, row = told(tokenizer.encode_ordinary('é')[:1], [], tokenizer)
     assert row.text == '\ufffd' == ''.join(pieces)               # half a character, at the end
+    pieces, row = told([*tokenizer.encode_ordinary('a\ufffd'), EOS_ID, b], [], tokenizer)
+    assert row.text == 'a\ufffd' == ''.join(pieces) and row.finish == 'eos'
     assert told([a, b, a], [], tokenizer, (a, b))[1].ids == [a]   # several ids may end it
 
 

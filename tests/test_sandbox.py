@@ -40,13 +40,13 @@ def test_what_else_is_contained_or_said_not_to_be(wrapper, tmp_path):
     allowed = {'HOME', 'TMPDIR', 'PWD', 'LC_CTYPE'}
     assert sandbox.passes(f'import os; assert set(os.environ) <= {allowed}')
     assert sandbox.passes('print("x" * 10**6)')
-    outside = tmp_path / 'outside'
-    assert sandbox.passes(f'open({str(outside)!r}, "w").write("x")') != wrapper.startswith('bwrap')
-    assert outside.exists() != wrapper.startswith('bwrap')
+    outside, shut = tmp_path / 'outside', any('bwrap' in word for word in wrapper[:1])
+    assert sandbox.passes(f'open({str(outside)!r}, "w").write("x")') != shut
+    assert outside.exists() != shut
     with socket.create_server(('127.0.0.1', 0)) as server:
         port = server.getsockname()[1]
         connects = f'import socket; socket.create_connection(("127.0.0.1", {port}), 1)'
-        assert sandbox.passes(connects) == (not wrapper)
+        assert sandbox.passes(connects) == (wrapper == [])
 
 
 @pytest.mark.usefixtures('wrapper')

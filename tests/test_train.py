@@ -193,7 +193,7 @@ def test_sample_and_eval_of_a_run(tiny_run):
     first, second = (run('sample.py', tiny_run, '--prompt=def f', '--max_new_tokens=20',
                          '--num_samples=2') for _ in range(2))
     assert first.stdout == second.stdout and first.stdout.startswith('def f')
-    assert first.stderr.count('tok/s') == 2
+    assert first.stdout.count('def f') >= 2 and first.stderr.count('tok/s') == 1
     piped = run('sample.py', tiny_run, '--prompt=-', '--temperature=0.0', stdin='import os')
     assert piped.stdout.startswith('import os')
     done = run('eval.py', tiny_run, '--problems=20', '--block_size=64', '--eval_tokens=2000')
