@@ -319,7 +319,7 @@ def take_turns(ways):
     return seconds
 
 
-def compare_generation(c, device):
+def compare_generation(c, device, batches=(1, 8)):
     """--generate -> {what: {way: seconds}}; ids and choices are compared, and have to be equal."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -339,7 +339,7 @@ def compare_generation(c, device):
         ours = XmodelLM(run, device)
 
     prompt, new = 32, 128
-    for B in (1, 8):
+    for B in batches:
         x = torch.randint(3, c.vocab_size, (B, prompt), device=device)
 
         def text(compiled, x=x):

@@ -201,6 +201,9 @@ def process_results(doc, results):
     means = [sum(part['acc,none'] for part in found['three']['parts'].values()) / 3
              for found in (resumed, unbroken)]
     assert means[0] == pytest.approx(means[1] + 0.01)
+    done = offline(copy, *args, '--limit=5')                       # nothing that was kept is lost
+    assert done.returncode == 1 and done.stderr.count('its kept scores have') == 2
+    assert json.loads((copy / 'step_0.eval.json').read_text())['tasks'] == unbroken
     for found, mean in zip((resumed, unbroken), means):
         assert found['three']['scores']['three']['acc,none'] == pytest.approx(mean)
 
