@@ -140,10 +140,13 @@ def score_here(model, about, table):
         raise ValueError(f'{about["path"]} names no data sets, as a checkpoint of train.py does')
     data = open_data(data_dir or about['knobs']['data_dir'], names, model.config.vocab_size)
     with torch.no_grad():
-        table['validation'] = {name: validation_loss(model, data[name], block_size)
-                               for name in names}
+        table['validation'] = {
+            name: dict(zip(('loss', 'bits_per_byte'),
+                           validation_loss(model, data[name], block_size)))
+            | {'block_size': block_size, 'eval_tokens': eval_tokens} for name in names}
     if problems and data.get('arith') and data['arith'].masks:     # which tell where prompts end
-        table['arithmetic'] = arithmetic(model, data['arith'], tokenizer)
+        solved, tried = arithmetic(model, data['arith'], tokenizer)
+        table['arithmetic'] = {'solved': solved, 'tried': tried}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -206,7 +209,8 @@ def wikitext2(model, tokenizer):
         found[f'wikitext2_{T}'] = {
             'perplexity': math.exp(total / n),
             'word_perplexity': math.exp(total / (share * len(text.split()))),
-            'bits_per_byte': total / math.log(2) / (share * len(text.encode()))}
+            'bits_per_byte': total / math.log(2) / (share * len(text.encode())),
+            'sample_len': n}
     return found
 
 
@@ -304,7 +308,7 @@ def leave_out(name, error):
 
 
 def rows_of(table):
-    """Rows (task, shots, metric, score, standard error, the paper's, its after stable 1)."""
+    """Rows (task, shots, questions, metric, score, standard error, the paper's two scores)."""
     rows, of_paper = [], []
     for name, entry in table['tasks'].items():
         shots, metric, final, early = PAPER.get(name, (None, None, None, None))
@@ -320,13 +324,15 @@ def rows_of(table):
                 error = scores.get(f'{what}_stderr,{kind}')
                 # shares are told in per cent, as the paper does
                 unit = 100 if re.match('acc|exact_match|math_verify|pass', what) else 1
-                rows.append((part, used, key.removesuffix(',none'), value * unit,
+                n = str(scores.get('sample_len', ''))
+                n = f'first {n}' if settings['limit'] and name == part else n
+                rows.append((part, used, n, key.removesuffix(',none'), value * unit,
                              error * unit if isinstance(error, float) else None,
                              *((final, early) if whole else (None, None))))
                 of_paper += [value * unit] if whole else []
     if len(of_paper) == len(PAPER):
-        rows.append(('average of the 13', '', '', sum(of_paper) / len(PAPER), None, PAPER_AVERAGE,
-                     None))
+        rows.append(('average of the 13', '', '', '', sum(of_paper) / len(PAPER), None,
+                     PAPER_AVERAGE, None))
     return rows
 
 
@@ -334,21 +340,26 @@ def markdown(table):
     """The table of a checkpoint's scores."""
     lines = [f'{table["checkpoint"]}: step {table["step"]:,}, {table["tokens"]:,} tokens', '']
     if table['validation']:
-        lines += ['| data set | loss | perplexity | bits a byte |', '| --- | --- | --- | --- |',
-                  *(f'| {name} | {loss:.4f} | {math.exp(loss):.2f} | {bits:.4f} |'
-                    for name, (loss, bits) in table['validation'].items()), '']
+        lines += ['| data set | window | loss | perplexity | bits a byte |',
+                  '| --- | --- | --- | --- | --- |',
+                  *(f'| {name} | {found["block_size"]} | {found["loss"]:.4f} | '
+                    f'{math.exp(found["loss"]):.2f} | {found["bits_per_byte"]:.4f} |'
+                    for name, found in table['validation'].items()), '']
     if table['arithmetic']:
-        solved, tried = table['arithmetic']
+        solved, tried = table['arithmetic']['solved'], table['arithmetic']['tried']
         low, high = wilson(solved, tried)
         lines += [f'arithmetic: {solved} of {tried} solved, {solved / tried:.1%}, 95 % interval '
                   + f'{low:.1%} to {high:.1%}', '']
     if rows := rows_of(table):
-        lines += ['| task | shots | metric | score | std. error | Xmodel-2.5 | after stable 1 |',
-                  '| --- | --- | --- | --- | --- | --- | --- |']
-        for task, shots, metric, *numbers in rows:
+        head = ['task', 'shots', 'n', 'metric', 'score', 'std. error', 'Xmodel-2.5',
+                'after stable 1']
+        if all(row[-2:] == (None, None) for row in rows):
+            head, rows = head[:-2], [row[:-2] for row in rows]
+        lines += [f'| {" | ".join(head)} |', f'| {" | ".join("---" for _ in head)} |']
+        for task, shots, n, metric, *numbers in rows:
             digits = 4 if 'bits' in metric else 2
-            cells = ['' if n is None else f'{n:.{digits}f}' for n in numbers]
-            lines.append(' | '.join(['| ' + task, shots, metric, *cells]) + ' |')
+            cells = ['' if number is None else f'{number:.{digits}f}' for number in numbers]
+            lines.append(f'| {" | ".join([task, shots, n, metric, *cells])} |')
         lines.append('')
     return '\n'.join(lines)
 
@@ -372,7 +383,7 @@ def open_table(about):
             fail(f'{file} has scores of another {path.name}; without --resume they are replaced')
     except FileNotFoundError:
         pass
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
         if resume:
             fail(f'{file} is damaged; without --resume it is replaced')
 
@@ -390,8 +401,10 @@ def main():
     if include_path and not Path(include_path).is_dir():
         fail(f'include_path={include_path}: there is no such folder')
     wanted = {}                                                    # task: shots, or None: its own
-    for name in filter(None, tasks.split(',')):
+    for name in filter(None, map(str.strip, tasks.split(','))):
         wanted |= {n: p[0] for n, p in PAPER.items()} if name == 'paper' else {name: None}
+    if tasks and not wanted:
+        fail(f'tasks={tasks!r} names none')
     if num_fewshot >= 0:
         wanted = dict.fromkeys(wanted, num_fewshot)
     left_out = []
@@ -431,8 +444,14 @@ if __name__ == '__main__':
         except ModuleNotFoundError as e:
             fail(f'{e.name} is missing: pip install lm_eval')
         sys.argv[:2] = ['lm_eval']
-        cli_evaluate()
+        try:
+            cli_evaluate()
+        except ValueError as e:
+            fail(e, 'eval.py')
         sys.exit()
     configure(globals(), positional=['checkpoint'])
-    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
-        main()
+    try:
+        with contextlib.suppress(BrokenPipeError):
+            main()
+    except KeyboardInterrupt:
+        sys.exit('eval.py: stopped; --resume keeps the scores of finished tasks')

@@ -432,6 +432,9 @@ def from_huggingface(folder, target):
                                                                 config.get('eos_token_id'))
         about['eos_ids'] = ends if isinstance(ends, list) else [] if ends is None else [ends]
         about['bos_id'] = config.get('bos_token_id')
+        for i in (*about['eos_ids'], *([] if about['bos_id'] is None else [about['bos_id']])):
+            if type(i) is not int or not 0 <= i < c.vocab_size:
+                raise ValueError(f'{folder}: {i!r} is no id of a token that begins or ends a text')
     with new_path(target) as run:
         run.mkdir()
         replace_file(run / 'step_0.pt', lambda f: torch.save(about, f))

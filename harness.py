@@ -167,6 +167,7 @@ class XmodelLM(TemplateLM):
         for number, (_, context, continuation) in enumerate(requests):
             if not continuation:
                 continue
+            context = context or [self.prefix_token_id]            # where it was all white space
             ids = (*context, *continuation)[-self.max_length - 1:-1]
             asked.setdefault(ids, []).append((number, continuation[-self.max_length:]))
         groups = groups_of([Branch(*entry) for entry in asked.items()]) if asked else []
@@ -220,6 +221,9 @@ class XmodelLM(TemplateLM):
             for _, part in groupby(order, key=lambda i: repr(requests[i].args[1])):
                 part = list(part)                                  # those with the same settings
                 how = normalize_gen_kwargs(requests[part[0]].args[1])
+                known = {'until', 'max_gen_toks', 'temperature', 'do_sample', 'top_k', 'top_p'}
+                if others := how.keys() - known:
+                    raise ValueError(f'generation_kwargs: {min(others)} is not known here')
                 until, n = how['until'], how['max_gen_toks']
                 room = self.max_length - n
                 if room <= 0:

@@ -10,13 +10,15 @@ The text streams to stdout as it is made, the speed goes to stderr. A KV cache k
 keys and values, so a new token costs one pass over one position, not over the whole text.
 
 A line of FILE.jsonl is {"prompt": ...}, or {"messages": [{"role": "user", "content": ...}, ...]}.
-With --format=json a sample is a line: "prompt", "text", "ids" as they were drawn, their "logprobs"
-(natural logarithms of the model's own probabilities, before temperature, top_k and top_p), and
-"finish": why it ended, 'eos' (the model ended its document), 'stop' (a stop string) or 'length'.
+With --format=json a sample is a line: what the prompt's line had (an "id", say), "prompt", "text",
+"ids" as they were drawn, their "logprobs" (natural logarithms of the model's own probabilities,
+before temperature, top_k and top_p), and "finish": why it ended, 'eos' (the model ended its
+document), 'stop' (a stop string) or 'length'.
 """
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 
@@ -30,7 +32,7 @@ from tokenizer import OtherTokenizer, chat_prompt, tokenizer_of
 
 checkpoint = 'out/proxy20m'   # a step_N.pt, or a run's folder: its newest checkpoint
 prompt = 'def '               # text to continue; - reads it from standard input
-batch = ''                    # a .jsonl file of prompts in place of one
+batch = ''                    # a .jsonl file of prompts in place of one; - is standard input
 chat = False                  # a conversation: lines of standard input, and an answer to each
 num_samples = 1               # of each prompt
 max_new_tokens = 200          # a sample ends earlier where the model ends the document
@@ -49,21 +51,22 @@ device = 'cpu'                # or 'cuda', 'mps'; at batch 1 a small model is fa
 # The script
 
 def read_batch(file):
-    """The prompts in the lines of a .jsonl file; ValueError names the line that has none."""
+    """[(prompt, the line's object)] of a .jsonl file; ValueError names a line that has none."""
     prompts = []
     try:
-        with open(file, encoding='utf-8') as f:
+        with open(0 if file == '-' else file, encoding='utf-8') as f:
             for n, line in enumerate(f, 1):
                 if not line.strip():
                     continue
                 try:
-                    match json.loads(line):
+                    match entry := json.loads(line):
                         case {'prompt': str(text)} if text:
-                            prompts.append(text)
+                            prompts.append((text, entry))
                         case {'messages': [*turns]} if turns:
-                            prompts.append(chat_prompt(turns))
+                            prompts.append((chat_prompt(turns), entry))
                         case _:
                             raise ValueError
+                    prompts[-1][0].encode()                # JSON can escape half a character
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     raise ValueError(f'{file}: line {n} should be {{"prompt": TEXT}} or '
                                      '{"messages": [{"role": ..., "content": ...}, ...]}') from None
@@ -76,36 +79,37 @@ def read_batch(file):
     return prompts
 
 
-def as_json(text, row):
-    return json.dumps({'prompt': text, 'text': row.text, 'ids': row.ids, 'logprobs': row.logprobs,
-                       'finish': row.finish}, ensure_ascii=False)
+def as_json(text, row, entry=None):
+    return json.dumps((entry or {}) | {
+        'prompt': text, 'text': row.text, 'ids': row.ids, 'logprobs': row.logprobs,
+        'finish': row.finish}, ensure_ascii=False)
 
 
 def tell(text):
     print(text, end='', flush=True)
 
 
-def write(model, tokenizer, texts, how):
-    """num_samples of each text.
+def write(model, tokenizer, prompts, how):
+    """num_samples of each of the prompts, (text, the line's object).
 
     As text, those of one prompt stream, one after the other; else batch_size go at a time.
     """
-    texts = [text for text in texts for _ in range(num_samples)]
+    prompts = [prompt for prompt in prompts for _ in range(num_samples)]
     streams = format == 'text' and not batch
     size, began, n = 1 if streams else batch_size, time.time(), 0
-    for i in tqdm(range(0, len(texts), size), unit='batch', leave=False,
+    for i in tqdm(range(0, len(prompts), size), unit='batch', leave=False,
                   disable=None if batch and not sys.stdout.isatty() else True):
-        part = texts[i:i + size]
+        part = prompts[i:i + size]
         if streams:
-            tell(('-' * 80 + '\n' if i else '') + part[0])
-        rows = complete(model, tokenizer, [tokenizer.encode_ordinary(text) for text in part],
+            tell(('-' * 80 + '\n' if i else '') + part[0][0])
+        rows = complete(model, tokenizer, [tokenizer.encode_ordinary(text) for text, _ in part],
                         on_text=tell if streams else None, **how)
         n += sum(len(row.ids) for row in rows)
-        for j, (text, row) in enumerate(zip(part, rows), i):
+        for j, ((text, entry), row) in enumerate(zip(part, rows), i):
             if streams:
                 print(flush=True)
             elif format == 'json':
-                print(as_json(text, row), flush=True)
+                print(as_json(text, row, entry), flush=True)
             else:
                 print(('-' * 80 + '\n' if j else '') + text + row.text, flush=True)
     print(f'{n} tokens, {n / (time.time() - began):.1f} tok/s', file=sys.stderr)
@@ -144,7 +148,7 @@ def main():
     text = sys.stdin.read() if prompt == '-' and not batch and not chat else prompt
     if not text:
         fail('the prompt is empty; give some text to continue')
-    check_range(globals(), 1, math.inf, 'num_samples', 'max_new_tokens', 'batch_size')
+    check_range(globals(), 1, 2**20, 'num_samples', 'max_new_tokens', 'batch_size')
     check_range(globals(), 0, math.inf, 'temperature', 'top_k')
     check_range(globals(), 0, 2**63, 'seed')
     if not 0 < top_p <= 1:
@@ -154,7 +158,7 @@ def main():
     if chat and (batch or num_samples > 1):
         fail('--chat is a conversation: without --batch and --num_samples')
     try:
-        texts = read_batch(batch) if batch else [text]
+        prompts = read_batch(batch) if batch else [(text, None)]
         generator = torch.Generator(device).manual_seed(seed)
         model, about = load_model(checkpoint, torch.device(device))
         tokenizer = tokenizer_of(about)
@@ -169,10 +173,14 @@ def main():
     if chat:                                     # a weak model goes on, and plays the user as well
         converse(model, tokenizer, how | {'stop': [*stop, '\n\nUser:']})
     else:
-        write(model, tokenizer, texts, how | {'stop': stop, 'compiled': compile})
+        write(model, tokenizer, prompts, how | {'stop': stop, 'compiled': compile})
 
 
 if __name__ == '__main__':
     configure(globals(), positional=['checkpoint'])
-    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
-        main()
+    try:
+        with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
+            main()
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)             # what is still to be flushed
+        fail(f'standard output: {e.strerror}')

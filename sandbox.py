@@ -5,11 +5,11 @@
 It runs in a process of its own, in an empty folder that is deleted afterwards, for 3 seconds of CPU
 and 4 in all, with 2 GB of memory and files of 16 MB, none of your environment variables, and no
 input or output; then all that it started is killed. Where bubblewrap (bwrap) is installed, it has
-no network either, sees only its own processes, and cannot write outside its folder; with
-util-linux's unshare alone it can write what you can. Without both (macOS) it has your network as
-well, and a process it started may survive. It can read what you can read in each case; and it can
-say that it has run to its end when it has not, if it looks for the way: this catches accidents, not
-cheats. For more, use a container.
+no network either, sees only its own processes, and cannot write files outside its folder (named
+sockets and pipes it can open, such as Docker's, if you can); with util-linux's unshare alone it can
+write what you can. Without both (macOS) it has your network as well, and a process it started may
+survive. It can read what you can read in each case; and it can say that it has run to its end when
+it has not, if it looks for the way: this catches accidents, not cheats. For more, use a container.
 """
 import json
 import math
@@ -27,7 +27,7 @@ from functools import lru_cache
 SECONDS, MEMORY, FILE_SIZE = 3.0, 2 << 30, 16 << 20        # lm-eval's code_eval also gives 3 s
 WRAPPERS = (
     ('bwrap --ro-bind / / --dev /dev --proc /proc --bind {0} {0} --chdir {0} --unshare-all '
-     '--die-with-parent --new-session'),
+     '--cap-drop ALL --die-with-parent --new-session'),
     'unshare --user --map-root-user --net --ipc --pid --fork --kill-child')
 
 
@@ -48,20 +48,23 @@ def passes(program, seconds=SECONDS):
     """Whether the text of a Python program runs to its end, with no exception, in the time."""
     # It cannot say so by its exit code, which sys.exit(0) gives, too, but by a word that it does
     # not know unless it looks for it, written after its last line.
-    word = secrets.token_hex(16).encode()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, subprocess.Popen(
+    word, folder = secrets.token_hex(16), tempfile.mkdtemp()
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
             [*(part.format(folder) for part in wrapper()), sys.executable, '-I', __file__,
-             '--child'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            cwd=folder, env={'TMPDIR': folder, 'HOME': folder}, start_new_session=True) as process:
-        said = b''
+             '--child'], stdin=subprocess.PIPE, stdout=said, stderr=subprocess.DEVNULL,
+            cwd=folder, env={'TMPDIR': folder, 'HOME': folder}, start_new_session=True)
         try:
             with suppress(subprocess.TimeoutExpired, BrokenPipeError):
-                said, _ = process.communicate(
-                    json.dumps([program, word.decode(), seconds]).encode(), seconds + 1)
+                process.communicate(json.dumps([program, word, seconds]).encode(), seconds + 1)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-    return said == word
+            process.wait()
+            # Python's own removal fails at thousands of folders in one another
+            subprocess.run(['rm', '-rf', folder], stderr=subprocess.DEVNULL, check=False)
+        said.seek(0)
+        return said.read(100) == word.encode()
 
 
 def child():
@@ -76,12 +79,13 @@ def child():
                        ('CORE', 0), ('NPROC', 64)):
         with suppress(ValueError, OSError):                        # macOS has no RLIMIT_AS
             resource.setrlimit(getattr(resource, f'RLIMIT_{what}'), (most, most))
+    leave, write = os._exit, os.write                              # the program may change os
     try:
         exec(program, {})  # noqa: S102
     except BaseException:  # noqa: BLE001                          (sys.exit is no success either)
-        os._exit(1)
-    os.write(out, word.encode())
-    os._exit(0)
+        leave(1)
+    write(out, word.encode())
+    leave(0)
 
 
 class CodeEval:

@@ -139,9 +139,17 @@ def special_ids(tokenizer):
 
 
 def tokenizer_of(checkpoint):
-    """The tokenizer of a checkpoint, as read_checkpoint gives it: the one beside it, or ours."""
+    """The tokenizer of a checkpoint, as read_checkpoint gives it: the one beside it, or ours.
+
+    ValueError: see OtherTokenizer and get_tokenizer, or it has more ids than the model.
+    """
     file = Path(checkpoint['path']).with_name('tokenizer.json')
-    return OtherTokenizer(file) if file.exists() else get_tokenizer(checkpoint['config'].vocab_size)
+    if not file.exists():
+        return get_tokenizer(checkpoint['config'].vocab_size)
+    tokenizer, rows = OtherTokenizer(file), checkpoint['config'].vocab_size
+    if tokenizer.n_vocab > rows:
+        raise ValueError(f'{file} has ids to {tokenizer.n_vocab - 1}, and the model {rows} rows')
+    return tokenizer
 
 
 if __name__ == '__main__':

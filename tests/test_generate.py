@@ -166,13 +166,14 @@ def test_what_ends_a_continuation():
 
 def lines(process):
     assert process.returncode == 0, process.stderr
-    return [json.loads(line) for line in process.stdout.splitlines()]
+    return [json.loads(line) for line in process.stdout.strip().split('\n')]
 
 
 @pytest.fixture(scope='module')
 def batch(tmp_path_factory):
     file = tmp_path_factory.mktemp('batch') / 'b.jsonl'
-    file.write_text('{"prompt": "import os"}\n{"prompt": "Question: Tom has 3 apples."}\n'
+    file.write_text('{"prompt": "import os", "id": "a\u2028b"}\n\n'
+                    '{"prompt": "Question: Tom has 3 apples."}\n'
                     '{"messages": [{"role": "user", "content": "Hi"}]}\n', encoding='utf-8')
     return file
 
@@ -181,7 +182,9 @@ def test_a_batch_answers_each_prompt_as_it_would_alone(tiny_run, batch):
     greedy = ('--temperature=0.0', '--max_new_tokens=12', '--format=json')
     rows = lines(run('sample.py', tiny_run, f'--batch={batch}', '--batch_size=2', *greedy))
     prompts = ['import os', 'Question: Tom has 3 apples.', 'User: Hi\n\nAssistant:']
-    assert [row['prompt'] for row in rows] == prompts
+    assert [row['prompt'] for row in rows] == prompts and rows[0]['id'] == 'a\u2028b'
+    assert rows == lines(run('sample.py', tiny_run, '--batch=-', '--batch_size=2', *greedy,
+                             stdin=batch.read_text(encoding='utf-8')))
     model, _ = load_model(tiny_run)
     tokenizer = get_tokenizer(512)
     for row in rows:

@@ -218,8 +218,8 @@ def test_the_table_has_what_lm_eval_says(folder, copy, both):
                 assert scores(copy, task)[task][key] == pytest.approx(value, rel=1e-5), key
     acc = 100 * both[0]['results']['my_mmlu']['acc,none']
     error = 100 * both[0]['results']['my_mmlu']['acc_stderr,none']
-    assert f'| my_mmlu | 5 | acc | {acc:.2f} | {error:.2f} |' in done.stdout
-    assert '| my_gsm8k | 2 | exact_match,strict-match | ' in done.stdout
+    assert f'| my_mmlu | 5 | first 12 | acc | {acc:.2f} | {error:.2f} |' in done.stdout
+    assert '| my_gsm8k | 2 | first 12 | exact_match,strict-match | ' in done.stdout
     # and by the same name in lm-eval's own program
     done = offline('lm_eval', 'run', '--model', 'xmodel', '--model_args', f'pretrained={copy}',
                    '--tasks', 'my_mmlu', '--include_path', folder / 'tasks', '--limit', 12)
@@ -265,7 +265,7 @@ def test_data_sets_from_a_folder_and_one_line_for_each_that_is_missing(copy, tmp
     assert done.returncode == 1 and len(left_out) == 2, done.stderr
     assert 'piqa' in left_out[0] and str(tmp_path / 'data/baber/piqa') in left_out[0]
     assert 'humaneval' in left_out[1] and '--allow_code_execution' in left_out[1]
-    assert '| arc_easy | 0 | acc_norm |' in done.stdout and 'humaneval' not in done.stdout
+    assert '| arc_easy | 0 | 12 | acc_norm |' in done.stdout and 'humaneval' not in done.stdout
     model, _ = load_model(copy)                                    # the perplexity in float64
     ids = torch.tensor(get_tokenizer(SHAPE.vocab_size).encode_ordinary(text))
     for T in (64, 400):
@@ -282,7 +282,7 @@ def test_data_sets_from_a_folder_and_one_line_for_each_that_is_missing(copy, tmp
             rel=2e-3)                                              # the first token is not scored
     done = offline(copy, '--tasks=humaneval', '--allow_code_execution', *args[2:])
     assert done.returncode == 0, done.stderr
-    assert '| humaneval | 0 | pass@1,create_test | 0.00 |' in done.stdout
+    assert '| humaneval | 0 | 12 | pass@1,create_test | 0.00 |' in done.stdout
     assert '| arc_easy |' in done.stdout                           # which was scored before
 
 

@@ -26,6 +26,11 @@ HOSTILE = {
     'leaves early': 'import sys; sys.exit(0)',
     'leaves early by force': 'import os; os._exit(0)',
     'wrong': 'assert 1 == 2',
+    'wrong, and does not leave': 'import os; os._exit = lambda code: 0; assert 1 == 2',
+    'writes what is no text': (
+        'import os\nfor n in range(3, 30):\n    try: os.write(n, b"\\xff")\n'
+        '    except OSError: pass'),
+    'deep folders': 'import os\nfor _ in range(2000): os.mkdir("a"); os.chdir("a")\n1 / 0',
     'no Python': 'def f(:',
 }
 
@@ -43,6 +48,12 @@ def test_what_else_is_contained_or_said_not_to_be(wrapper, tmp_path):
     outside, shut = tmp_path / 'outside', any('bwrap' in word for word in wrapper[:1])
     assert sandbox.passes(f'open({str(outside)!r}, "w").write("x")') != shut
     assert outside.exists() != shut
+    if shut:                                     # else root could mount it writable
+        assert not sandbox.passes(f'''
+import ctypes
+ctypes.CDLL(None).mount(None, b'/', None, 32 | 4096, None)
+open({str(outside)!r}, 'w').write('x')
+''') and not outside.exists()
     with socket.create_server(('127.0.0.1', 0)) as server:
         port = server.getsockname()[1]
         connects = f'import socket; socket.create_connection(("127.0.0.1", {port}), 1)'
