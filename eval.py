@@ -288,11 +288,9 @@ def run_tasks(wanted, about, table, save):
                     groups = {group.name: group.aggregate(entry['parts'])
                               for group in loaded['groups'].values() if group.has_aggregation}
                     entry['scores'] = groups or entry['parts']
-            except OSError as e:
-                if e.filename:
-                    raise                                          # of our own file of scores
-                left_out.append(leave_out(name, e))
-            except Exception as e:  # noqa: BLE001                 (a task's own code can raise any)
+            except Exception as e:                                 # a task's own code raises any
+                if Path(str(getattr(e, 'filename', ''))).stem.endswith('.eval'):
+                    raise                                          # our file of scores, disk full
                 left_out.append(leave_out(name, e))
             else:
                 table['tasks'][name] = entry

@@ -28,9 +28,10 @@ log_interval, eval_interval, eval_rows, checkpoint_interval = 1, 6, 8, 3
 """
 
 
-# forks processes that have torch imported, which takes seconds, and have done nothing else
+os.environ['HF_ENDPOINT'] = 'http://127.0.0.1:9'                 # no test reaches the hub
+# forks processes that have imported what takes seconds, and have done nothing else
 SERVER = multiprocessing.get_context('forkserver')
-SERVER.set_forkserver_preload(['torch', 'numpy', 'tiktoken', 'tqdm'])
+SERVER.set_forkserver_preload(['torch', 'numpy', 'tiktoken', 'tqdm', 'lm_eval.evaluator'])
 
 
 def be(argv, cwd, files):

@@ -3,15 +3,13 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 import torch
-from conftest import ROOT, refused, run
+from conftest import refused, run
 
 import eval as script
 from checkpoint import load_model
@@ -140,13 +138,6 @@ def test_each_document_gets_the_answer_of_lm_evals_own_model(both, task):
             pytest.approx(value, rel=1e-5) if isinstance(value, float) else value)
 
 
-def offline(*args, **more):
-    """The finished process of `python eval.py args` where the hub cannot be reached."""
-    env = os.environ | {'HF_ENDPOINT': 'http://127.0.0.1:9', **more}
-    return subprocess.run([sys.executable, 'eval.py', *map(str, args)], cwd=ROOT, env=env,
-                          capture_output=True, text=True, check=False)
-
-
 def scores(run_folder, task):
     table = json.loads((run_folder / 'step_0.eval.json').read_text())
     return table['tasks'][task]['scores']
@@ -179,7 +170,7 @@ def process_results(doc, results):
     args = ('--tasks=my_winogrande,three', f'--include_path={own}', '--limit=6', '--resume')
 
     (tmp_path / 'kill').touch()
-    assert offline(copy, *args).returncode == -9
+    assert run('eval.py', copy, *args).returncode == -9
     table = json.loads((copy / 'step_0.eval.json').read_text())
     assert table['tasks']['my_winogrande']['scores']
     three = table['tasks']['three']
@@ -187,12 +178,12 @@ def process_results(doc, results):
     (tmp_path / 'kill').unlink()
     three['parts']['my_arc']['acc,none'] += 0.03                   # to see that it is kept
     (copy / 'step_0.eval.json').write_text(json.dumps(table))
-    done = offline(copy, *args)
+    done = run('eval.py', copy, *args)
     assert done.returncode == 0, done.stderr
     resumed = json.loads((copy / 'step_0.eval.json').read_text())['tasks']
     assert done.stdout == (copy / 'step_0.eval.md').read_text()
 
-    done = offline(copy, *args[:-1])
+    done = run('eval.py', copy, *args[:-1])
     unbroken = json.loads((copy / 'step_0.eval.json').read_text())['tasks']
     assert done.returncode == 0
     assert unbroken['my_winogrande'] == resumed['my_winogrande']
@@ -201,7 +192,7 @@ def process_results(doc, results):
     means = [sum(part['acc,none'] for part in found['three']['parts'].values()) / 3
              for found in (resumed, unbroken)]
     assert means[0] == pytest.approx(means[1] + 0.01)
-    done = offline(copy, *args, '--limit=5')                       # nothing that was kept is lost
+    done = run('eval.py', copy, *args, '--limit=5')                # nothing that was kept is lost
     assert done.returncode == 1 and done.stderr.count('its kept scores have') == 2
     assert json.loads((copy / 'step_0.eval.json').read_text())['tasks'] == unbroken
     for found, mean in zip((resumed, unbroken), means):
@@ -209,7 +200,7 @@ def process_results(doc, results):
 
 
 def test_the_table_has_what_lm_eval_says(folder, copy, both):
-    done = offline(copy, f'--include_path={folder / "tasks"}', '--limit=12',
+    done = run('eval.py', copy, f'--include_path={folder / "tasks"}', '--limit=12',
                    '--tasks=my_mmlu,my_gsm8k,my_wikitext')
     assert done.returncode == 0, done.stderr
     for task in ('my_mmlu', 'my_gsm8k', 'my_wikitext'):
@@ -221,8 +212,9 @@ def test_the_table_has_what_lm_eval_says(folder, copy, both):
     assert f'| my_mmlu | 5 | first 12 | acc | {acc:.2f} | {error:.2f} |' in done.stdout
     assert '| my_gsm8k | 2 | first 12 | exact_match,strict-match | ' in done.stdout
     # and by the same name in lm-eval's own program
-    done = offline('lm_eval', 'run', '--model', 'xmodel', '--model_args', f'pretrained={copy}',
-                   '--tasks', 'my_mmlu', '--include_path', folder / 'tasks', '--limit', 12)
+    done = run('eval.py', 'lm_eval', 'run', '--model', 'xmodel', '--model_args',
+               f'pretrained={copy}', '--tasks', 'my_mmlu', '--include_path', folder / 'tasks',
+               '--limit', 12)
     assert done.returncode == 0, done.stderr
     assert f'|{acc / 100:.4f}|' in done.stdout.replace(' ', '')
 
@@ -260,7 +252,7 @@ def test_data_sets_from_a_folder_and_one_line_for_each_that_is_missing(copy, tmp
         f.write('generation_kwargs: {until: ["\\ndef"], do_sample: false, max_gen_toks: 40}\n')
     args = (copy, '--tasks=piqa,arc_easy,humaneval,wikitext2', f'--data_dir={tmp_path / "data"}',
             '--lengths=64,400', f'--include_path={own}')
-    done = offline(*args)
+    done = run('eval.py', *args)
     left_out = [line for line in done.stderr.splitlines() if 'is left out' in line]
     assert done.returncode == 1 and len(left_out) == 2, done.stderr
     assert 'piqa' in left_out[0] and str(tmp_path / 'data/baber/piqa') in left_out[0]
@@ -280,7 +272,7 @@ def test_data_sets_from_a_folder_and_one_line_for_each_that_is_missing(copy, tmp
         assert found['bits_per_byte'] == pytest.approx(
             mean.item() * (len(ids) - 1) / len(ids) * len(ids) / 0.6931472 / len(text.encode()),
             rel=2e-3)                                              # the first token is not scored
-    done = offline(copy, '--tasks=humaneval', '--allow_code_execution', *args[2:])
+    done = run('eval.py', copy, '--tasks=humaneval', '--allow_code_execution', *args[2:])
     assert done.returncode == 0, done.stderr
     assert '| humaneval | 0 | 12 | pass@1,create_test | 0.00 |' in done.stdout
     assert '| arc_easy |' in done.stdout                           # which was scored before
