@@ -303,6 +303,12 @@ def compare_fp8(c, B, device):
 
 # --- generation: text, and the likelihood of given text ---
 
+def ratio_of(a, b):
+    """[median, least, most] of a / b, round by round."""
+    ratios = [x / y for x, y in zip(a, b)]
+    return [median(ratios), min(ratios), max(ratios)]
+
+
 def take_turns(ways):
     """{name: seconds in each of the rounds} of functions that return the same, called in turn."""
     seconds = {name: [] for name in ways}
@@ -387,14 +393,8 @@ def compare_generation(c, device, batches=(1, 8)):
         print(f'{what}: {first} {median(base):.2f} s')
         for name, times in others:
             print('    {:12} {:.2f} s, {:.2f} ({:.2f}..{:.2f})'.format(
-                name, median(times), *speedup(base, times)))
+                name, median(times), *ratio_of(base, times)))
     return told
-
-
-def speedup(base, times):
-    """(median, least, most) of how many times as fast `times` are as `base`, round by round."""
-    ratios = [a / b for a, b in zip(base, times)]
-    return median(ratios), min(ratios), max(ratios)
 
 
 # --- the process that directs them ---
@@ -498,8 +498,7 @@ def main():
     rows = [['variant', 'tok/s', f'/ {base}', 'of GEMM', *(f'MB, V = {V:,}' for V in vocabs)]]
     figures = {}
     for name in names:
-        ratios = [a / b for a, b in zip(speeds[name], speeds[base])]
-        ratio = [median(ratios), min(ratios), max(ratios)]
+        ratio = ratio_of(speeds[name], speeds[base])
         share = median(speed * flops / peak for speed, peak in zip(speeds[name], gemm))
         rows.append([name, f'{median(speeds[name]):,.0f}',
                      '{:.2f} ({:.2f}..{:.2f})'.format(*ratio), f'{share:.1%}',

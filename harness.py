@@ -24,7 +24,7 @@ from tqdm import tqdm
 from checkpoint import load_model
 from generate import KVCache, common_prefix, complete
 from model import rope_angles
-from tokenizer import CHAT_TEMPLATE, OtherTokenizer, chat_prompt, special_ids, tokenizer_of
+from tokenizer import CHAT_TEMPLATE, OtherTokenizer, chat_prompt, tokenizer_of
 
 LONGEST_ROW = 1024            # tokens of a group's branches: attention costs their square
 
@@ -147,12 +147,6 @@ class XmodelLM(TemplateLM):
             return self.tokenizer.encode_ordinary(string, add_special_tokens is not False)
         return self.tokenizer.encode_ordinary(string)
 
-    def decode(self, ids):
-        """Text of ids, without what is no text: specials, and rows of the embedding's padding."""
-        silent = special_ids(self.tokenizer)
-        return self.tokenizer.decode([i for i in ids
-                                      if i < self.tokenizer.n_vocab and i not in silent])
-
     # --- log-likelihoods ---
 
     def loglikelihood(self, requests, disable_tqdm=False):
@@ -171,17 +165,21 @@ class XmodelLM(TemplateLM):
             ids = (*context, *continuation)[-self.max_length - 1:-1]
             asked.setdefault(ids, []).append((number, continuation[-self.max_length:]))
         groups = groups_of([Branch(*entry) for entry in asked.items()]) if asked else []
-        size = {id(members): (length, sum(len(branch.ids) - length for branch in members))
-                for length, members in groups}
+
+        def size(group):
+            """(length of its prefix, of its row)"""
+            length, members = group
+            return length, sum(len(branch.ids) - length for branch in members)
+
         # alike beside one another, so that little is padding; long first, to see soon what is too
         # much for the memory
-        groups.sort(key=lambda group: size[id(group[1])], reverse=True)
-        with tqdm(total=sum(sum(n) for n in size.values()), desc=self.task, unit='tok',
+        groups.sort(key=size, reverse=True)
+        with tqdm(total=sum(sum(size(group)) for group in groups), desc=self.task, unit='tok',
                   unit_scale=True, leave=False, disable=None) as bar:
             while groups:
                 n, longest = 0, (0, 0)
-                for n, (_, members) in enumerate(groups):
-                    wider = tuple(map(max, longest, size[id(members)]))
+                for n, group in enumerate(groups):
+                    wider = tuple(map(max, longest, size(group)))
                     if n and (n + 1) * sum(wider) > self.batch_tokens:
                         break
                     longest = wider
@@ -193,7 +191,7 @@ class XmodelLM(TemplateLM):
                     if requests[number][0] is not None:                        # else a window
                         self.cache_hook.add_partial('loglikelihood', requests[number][0],
                                                     answers[number])
-                bar.update(sum(sum(size[id(members)]) for _, members in batch))
+                bar.update(sum(sum(size(group)) for group in batch))
         return answers
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
@@ -242,7 +240,8 @@ class XmodelLM(TemplateLM):
                                     until, self.about['eos_ids'], **sampling)
                     for i, row in zip(batch, rows):
                         # as lm-eval's own model: decoded without the prompt, and cut by its rule
-                        texts[i] = postprocess_generated_text(self.decode(row.ids), until, None)
+                        text = self.tokenizer.decode(row.context[len(prompts[i]):])
+                        texts[i] = postprocess_generated_text(text, until, None)
                         self.cache_hook.add_partial('generate_until', requests[i].args, texts[i])
                     bar.update(len(batch))
         return texts
