@@ -58,11 +58,17 @@ def read_checkpoint(path):
     """
     if os.path.isdir(path):                 # unlike Path.is_dir, takes anything, as too long a name
         files = checkpoints(path)
+        if not files and Path(path, 'config.json').exists():
+            raise ValueError(f"{path} is a model in Hugging Face's format: python export.py "
+                             f'--from_hf {path} out/NEW makes a checkpoint of it')
         if not files:
             raise ValueError(f'{path} holds no checkpoint (step_N.pt)')
         path = files[-1]
     if not os.path.exists(path):
-        raise ValueError(f'{path} does not exist; a checkpoint is a file out/RUN/step_N.pt')
+        there = ', '.join(file.stem[5:] for file in checkpoints(os.path.dirname(path) or '.'))
+        raise ValueError(f'{path} does not exist; ' + (
+            f'N of step_N.pt there: {there}' if there else
+            'a checkpoint is a file out/RUN/step_N.pt'))
     try:
         # mapped, so that the moments of the optimizer are read only where they are wanted
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)

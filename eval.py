@@ -7,7 +7,7 @@
     python eval.py lm_eval run --model xmodel --model_args pretrained=out/proxy20m --tasks arc_easy
 
 By default what the machine has: loss (nats a token), perplexity and bits a byte of each data set of
-the run's mixture; and the held-out problems of the data set `arith` (disjoint from the training
+the run's mixture (or, of imported weights, of each in data_dir); and the held-out problems of the data set `arith` (disjoint from the training
 problems, see data_prep.py), decoded greedily, solved if the number after `####` is the answer. The
 interval is Wilson's, at 95 %.
 
@@ -44,7 +44,7 @@ from checkpoint import load_model, read_checkpoint, replace_file
 from configurator import check_range, configure, fail, int_list
 from data_prep import get_windows, open_data
 from generate import complete
-from tokenizer import EOS_ID, get_tokenizer
+from tokenizer import EOS_ID, OtherTokenizer, tokenizer_of
 
 checkpoint = 'out/proxy20m'   # a step_N.pt, or a run's folder: its newest checkpoint
 data_dir = ''                 # where the data sets are; '': where training had them
@@ -134,10 +134,16 @@ def wilson(k, n, z=1.96):
 
 def score_here(model, about, table):
     """Put losses and solved problems of the checkpoint's own data sets into the table."""
-    tokenizer = get_tokenizer(model.config.vocab_size)
+    tokenizer = tokenizer_of(about)
+    if isinstance(tokenizer, OtherTokenizer):
+        raise ValueError(f'{about["path"]} has a tokenizer of its own, and the data sets ours; '  # noqa: TRY004
+                         'but --tasks=NAMES can be scored')
     names = list(about['knobs'].get('data', ()))
+    if not names and data_dir:                           # of imported weights: all that are there
+        names = sorted(meta.parent.name for meta in Path(data_dir).glob('*/meta.json'))
     if not names:
-        raise ValueError(f'{about["path"]} names no data sets, as a checkpoint of train.py does')
+        raise ValueError(f'{about["path"]} names no data sets, as a checkpoint of train.py does; '
+                         '--data_dir=FOLDER takes all in a folder')
     data = open_data(data_dir or about['knobs']['data_dir'], names, model.config.vocab_size)
     with torch.no_grad():
         table['validation'] = {
@@ -235,12 +241,18 @@ def score_task(lm, task, shots):
 def find_tasks(names):
     """lm-eval's TaskManager that knows the names; ends the program in one line if there is none."""
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
     knobs = {'include_path': include_path or None}
     manager = TaskManager(include_defaults=False, **knobs)
     if any(name not in manager.all_tasks for name in names):
         manager = TaskManager(**knobs)                             # reading all takes 20 s
     for name in names:
         if name not in manager.all_tasks:
+            for file in sorted(Path(include_path).rglob('*.yaml') if include_path else ()):
+                try:                                     # lm-eval passes over those in silence
+                    load_yaml(file, resolve_func=False)
+                except Exception as e:  # noqa: BLE001   (of yaml, or of what it includes)
+                    fail(f'tasks: no task {name!r}, and {file} cannot be read: {e}')
             near = difflib.get_close_matches(name, manager.all_tasks, 1)
             fail(f'tasks: lm-eval has no task {name!r}' + (f', the nearest is {near[0]!r}'
                                                            if near else ''))
@@ -444,7 +456,7 @@ if __name__ == '__main__':
         sys.argv[:2] = ['lm_eval']
         try:
             cli_evaluate()
-        except ValueError as e:
+        except (ValueError, OSError) as e:                         # no hub, say
             fail(e, 'eval.py')
         sys.exit()
     configure(globals(), positional=['checkpoint'])

@@ -398,6 +398,8 @@ def own_tokenizer(folder, vocab_size):
 
 def from_huggingface(folder, target):
     """Write a folder of Hugging Face's as the run folder target: step_0.pt, and shape.py."""
+    if folder.is_file():
+        raise ValueError(f'{folder} is a file; a folder with config.json and weights is wanted')
     config = read_json(folder / 'config.json')
     try:
         c = our_config(config)

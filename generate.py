@@ -136,7 +136,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     top_p). temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole. A row that
     has met one of stop_ids, or that the caller marks in done (B,) bool, changed in place, repeats
     its last token; generation ends when all rows have. decoder: a Decoder that has read what comes
-    before `prompts`; `compiled` is then its own.
+    before `prompts`; `compiled` is then its own. ValueError: the model's weights are not finite.
     """
     device = model.embed.weight.device
     P, stops = max(map(len, prompts)), torch.tensor(stop_ids, dtype=torch.long, device=device)
@@ -149,10 +149,13 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     token = idx[:, -1]
     for _ in range(max_new_tokens):
         logits = decoder(idx)                                                   # (B, vocab_size)
+        total = logits.logsumexp(-1)                                            # (B,)
+        if not total.isfinite().all():
+            raise ValueError('the model gives no finite logits: its weights are ruined')
         new = sample_token(logits, temperature, top_k, top_p, generator)        # (B,)
         token = torch.where(done, token, new)
         done |= torch.isin(token, stops)
-        logprob = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)
+        logprob = logits.gather(1, token[:, None])[:, 0] - total
         yield token, logprob
         if done.all():
             return

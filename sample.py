@@ -3,7 +3,7 @@ r"""Write text with a trained model, token by token; or talk with it.
     python sample.py out/proxy20m --prompt="def fib(n):"       # newest checkpoint of the run
     python sample.py out/proxy20m/step_800.pt --num_samples=3 --temperature=0.7 --stop='["\n\n"]'
     cat question.txt | python sample.py out/proxy20m --prompt=-
-    python sample.py out/proxy20m --chat                       # Ctrl-D ends it
+    python sample.py out/proxy20m --chat --system="Be brief."  # Ctrl-D ends it
     python sample.py out/proxy20m --batch=FILE.jsonl --format=json > answers.jsonl
 
 The text streams to stdout as it is made, the speed goes to stderr. A KV cache keeps each token's
@@ -34,6 +34,7 @@ checkpoint = 'out/proxy20m'   # a step_N.pt, or a run's folder: its newest check
 prompt = 'def '               # text to continue; - reads it from standard input
 batch = ''                    # a .jsonl file of prompts in place of one; - is standard input
 chat = False                  # a conversation: lines of standard input, and an answer to each
+system = ''                   # what the model is told before a chat
 num_samples = 1               # of each prompt
 max_new_tokens = 200          # a sample ends earlier where the model ends the document
 stop = []                     # strings that end a sample, and are left out: '["\n\n", "Question:"]'
@@ -119,6 +120,7 @@ def converse(model, tokenizer, how):
     """Answer each line of standard input, with what was said before."""
     decoder = Decoder(model, torch.zeros(1, dtype=torch.long, device=model.embed.weight.device),
                       compile)
+    before = [{'role': 'system', 'content': system}] if system else []
     turns, read = [], []                                  # read: the ids that the decoder has read
     while True:
         if sys.stdin.isatty():
@@ -128,10 +130,10 @@ def converse(model, tokenizer, how):
         if not line.strip():
             continue
         turns.append({'role': 'user', 'content': line.strip()})
-        ids = tokenizer.encode_ordinary(chat_prompt(turns))
+        ids = tokenizer.encode_ordinary(text := chat_prompt(before + turns))
         while len(ids) + max_new_tokens > model.config.block_size and len(turns) > 1:
             del turns[:2]                                 # the oldest turn and its answer
-            ids = tokenizer.encode_ordinary(chat_prompt(turns))
+            ids = tokenizer.encode_ordinary(text := chat_prompt(before + turns))
         # Encoded anew, the answer may have other tokens than were drawn: read again from the first
         # that differs.
         decoder.end = common_prefix(ids[:-1], read)
@@ -139,12 +141,14 @@ def converse(model, tokenizer, how):
             tell('Assistant:')
         row, = complete(model, tokenizer, [ids[decoder.end:]], decoder=decoder,
                         on_text=tell if format == 'text' else None, **how)
-        print(as_json(chat_prompt(turns), row) if format == 'json' else '', flush=True)
+        print(as_json(text, row) if format == 'json' else '', flush=True)
         turns.append({'role': 'assistant', 'content': row.text.strip()})
         read = (ids + row.ids)[:decoder.end]
 
 
 def main():
+    if sys.stdin is None and (chat or '-' in (prompt, batch)):
+        fail('standard input is closed')
     text = sys.stdin.read() if prompt == '-' and not batch and not chat else prompt
     if not text:
         fail('the prompt is empty; give some text to continue')
@@ -157,6 +161,8 @@ def main():
         fail(f'stop={stop} should be a list of strings, such as ["\\n\\n"]')
     if chat and (batch or num_samples > 1):
         fail('--chat is a conversation: without --batch and --num_samples')
+    if system and not chat:
+        fail('--system is for --chat; a line of --batch may have it among its messages')
     try:
         prompts = read_batch(batch) if batch else [(text, None)]
         generator = torch.Generator(device).manual_seed(seed)
@@ -170,10 +176,13 @@ def main():
         fail(f'{about["path"]} has a tokenizer of its own, with a chat template that is not read')
     how = {'max_new_tokens': max_new_tokens, 'temperature': temperature, 'top_k': top_k,
            'top_p': top_p, 'stop_ids': about['eos_ids'], 'generator': generator}
-    if chat:                                     # a weak model goes on, and plays the user as well
-        converse(model, tokenizer, how | {'stop': [*stop, '\n\nUser:']})
-    else:
-        write(model, tokenizer, prompts, how | {'stop': stop, 'compiled': compile})
+    try:
+        if chat:                                 # a weak model goes on, and plays the user as well
+            converse(model, tokenizer, how | {'stop': [*stop, '\n\nUser:']})
+        else:
+            write(model, tokenizer, prompts, how | {'stop': stop, 'compiled': compile})
+    except ValueError as e:                                        # weights that are not finite
+        fail(f'{about["path"]}: {e}')
 
 
 if __name__ == '__main__':

@@ -2,6 +2,9 @@
 import json
 import multiprocessing
 import os
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')     # before torch: two test processes share two cores
+
 import runpy
 import subprocess
 import sys

@@ -189,6 +189,7 @@ def test_another_models_tokenizer_stays_with_it(exported, tmp_path):
     assert 26 not in read.encode_ordinary('a!')                  # text makes no special token
     said = run('sample.py', tmp_path / 'run', '--prompt=c b a', '--max_new_tokens=5')
     assert said.returncode == 0 and said.stdout.startswith('c b a ')
+    assert 'a tokenizer of its own' in refused(run('eval.py', tmp_path / 'run'))
     for args in (['train.py', 'config/nano.py', f'--init_from={tmp_path / "run"}',
                   f'--out_dir={tmp_path / "x"}'], ['export.py', tmp_path / 'run', tmp_path / 'x'],
                  ['export.py', tmp_path / 'run', tmp_path / 'x', '--format=gguf']):
@@ -353,6 +354,7 @@ WRONG = {   # name: (arguments from (exported, tmp_path), what the line tells)
     'shards': (lambda e, t: [e / 'run', t / 'hf', '--shard_gb=0.0'], 'shard_gb=0.0'),
     'third argument': (lambda e, t: [e / 'run', t / 'hf', 'more'], 'more'),
     'no config.json': (lambda e, t: ['--from_hf', t, t / 'run'], 'config.json: No such file'),
+    'in from a file': (lambda e, t: ['--from_hf', e / 'run/step_0.pt', t / 'run'], 'is a file'),
     'untied': (lambda e, t: ['--from_hf', with_tensors(
         e, t / 'x', **{'lm_head.weight': torch.ones(512, 64)}), t / 'run'],
                'lm_head.weight differs'),

@@ -1,5 +1,6 @@
 """generate.py and sample.py: decoding on a KV cache, stop strings, batches of prompts, chat."""
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -227,11 +228,12 @@ def test_chat_answers_with_all_that_was_said_before(tiny_run, tmp_path):
     assert plain.stdout == answers[0]['text'] + '\n'
 
 
-def test_a_long_chat_forgets_its_oldest_turns(tiny_run):
+def test_a_long_chat_forgets_its_oldest_turns_but_not_what_it_was_told_before(tiny_run):
     answers = lines(run('sample.py', tiny_run, '--chat', '--max_new_tokens=10', '--format=json',
+                        '--system=Be brief.',
                         stdin='a long way to say nothing\n' * 12))       # block_size is 128
     assert len(answers) == 12 and answers[-1]['prompt'].count('User:') < 5
-    assert answers[-1]['prompt'].startswith('User:')
+    assert all(answer['prompt'].startswith('System: Be brief.\n\nUser:') for answer in answers)
 
 
 @pytest.mark.parametrize('content, why', [
@@ -244,6 +246,12 @@ def test_a_batch_that_cannot_be_read_is_one_line(tiny_run, tmp_path, content, wh
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     line = refused(run('sample.py', tiny_run, f'--batch={file}'))
     assert str(file) in line and why in line
+
+
+def test_a_closed_standard_input_is_one_line(tiny_run):
+    for args in (['--chat'], ['--batch=-']):
+        line = refused(run('sample.py', tiny_run, *args, preexec_fn=lambda: os.close(0)))
+        assert 'standard input is closed' in line
 
 
 @pytest.mark.parametrize('args, why', [

@@ -313,6 +313,12 @@ def test_the_papers_tasks_are_lm_evals():
                 assert samples or config.get('fewshot_split') or config.get('training_split'), name
 
 
+def test_a_yaml_that_cannot_be_read_is_named(copy, tmp_path):
+    (tmp_path / 'mine.yaml').write_text('task: mine\n  dataset_path: json\n')
+    line = refused(run('eval.py', copy, '--tasks=mine', f'--include_path={tmp_path}'))
+    assert "'mine'" in line and f'{tmp_path}/mine.yaml cannot be read' in line
+
+
 @pytest.mark.parametrize('args, why', [
     (['--tasks=my_arc,no_such_task'], 'no_such_task'), (['--tasks=my_arc', '--limit=-1'], 'limit'),
     (['--tasks=my_arc', '--num_fewshot=-2'], 'num_fewshot'), (['--lengths=a'], 'lengths'),

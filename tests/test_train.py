@@ -1,5 +1,7 @@
 """train.py as its users run it: whole, interrupted, branched, on two ranks, and used wrongly."""
 import json
+import math
+import os
 import random
 import re
 import resource
@@ -201,6 +203,15 @@ def test_sample_and_eval_of_a_run(tiny_run):
     assert re.search(r'\| stdlib \| \d', done.stdout) and 'of 20 solved' in done.stdout
 
 
+def test_weights_that_tell_of_no_data_are_scored_on_all_in_a_folder(tiny_run, data_dir, tmp_path):
+    args = ('--problems=20', '--block_size=64', '--eval_tokens=2000', f'--data_dir={data_dir}')
+    bare_weights(tiny_run, tmp_path / 'step_0.pt')
+    shutil.copy(tiny_run / 'step_20.pt', tmp_path)
+    told = [run('eval.py', tmp_path / f'step_{n}.pt', *args).stdout.split('\n', 2)[2]
+            for n in (0, 20)]
+    assert sorted(told[0].splitlines()) == sorted(told[1].splitlines()) and '| arith |' in told[0]
+
+
 def wrong_checkpoint(path):
     path.write_bytes(b'not a checkpoint')
     return path
@@ -215,6 +226,19 @@ def bare_weights(tiny_run, path):
     """A checkpoint that says nothing of the data."""
     torch.save(torch.load(tiny_run / 'step_20.pt', weights_only=True) | {'knobs': {}}, path)
     return path
+
+
+def ruined(tiny_run, path):
+    checkpoint = torch.load(tiny_run / 'step_20.pt', weights_only=True)
+    checkpoint['model']['blocks.0.attn.qkv.weight'][0, 0] = math.nan
+    torch.save(checkpoint, path)
+    return path
+
+
+def with_config_json(folder):
+    folder.mkdir()
+    (folder / 'config.json').write_text('{}')
+    return folder
 
 
 def other_meta(data_dir, path, text=None, **changes):
@@ -277,6 +301,11 @@ WRONG = {   # name: (script, arguments from (tmp_path, tiny_run, data_dir), what
     'long name': ('sample.py', lambda t, r, d: ['x' * 300], 'does not exist'),
     'no run to sample': ('sample.py', lambda t, r, d: [t / 'none'], 'none'),
     'no run to score': ('eval.py', lambda t, r, d: [t], 'no checkpoint'),
+    "Hugging Face's folder": ('eval.py', lambda t, r, d: [with_config_json(t / 'hf')],
+                              f'--from_hf {os.sep}'),
+    'no such step': ('sample.py', lambda t, r, d: [r / 'step_7.pt'], 'there: 8, '),
+    'ruined weights': ('sample.py', lambda t, r, d: [ruined(r, t / 'w.pt')], 'are ruined'),
+    'system without chat': ('sample.py', lambda t, r, d: [r, '--system=S'], '--chat'),
     'weights alone': ('eval.py', lambda t, r, d: [bare_weights(r, t / 'w.pt')], 'no data sets'),
     'data in a file': ('eval.py', lambda t, r, d: [r, f'--data_dir={wrong_checkpoint(t / "f")}'],
                        'meta.json'),
