@@ -7,9 +7,9 @@
     python eval.py lm_eval run --model xmodel --model_args pretrained=out/proxy20m --tasks arc_easy
 
 By default what the machine has: loss (nats a token), perplexity and bits a byte of each data set of
-the run's mixture (or, of imported weights, of each in data_dir); and the held-out problems of the data set `arith` (disjoint from the training
-problems, see data_prep.py), decoded greedily, solved if the number after `####` is the answer. The
-interval is Wilson's, at 95 %.
+the run's mixture, or, of imported weights, of each in data_dir; and the held-out problems of the
+data set `arith` (disjoint from the training problems, see data_prep.py), decoded greedily, solved
+if the number after `####` is the answer. The interval is Wilson's, at 95 %.
 
 --tasks wants `pip install lm_eval`, and takes any of its tasks and groups (the last command above
 is lm-eval's own, with our model beside its others), or `wikitext2`: the perplexity of WikiText-2's
