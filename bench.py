@@ -43,7 +43,7 @@ from muon import has_bf16
 
 variants = 'ours-eager,ours-compiled,granite-eager,granite-compiled'    # also fp8-, dynamic-
 fp8 = False                   # bf16 beside FP8 at 1.3B: roofline and, on a GPU, measured
-generate = False              # in place of training: text, and likelihoods of choices
+generate = False              # in place of training: text, and likelihoods of choices, in fp32
 rounds = 7                    # timed steps of each variant
 json = ''                     # file for the figures of every round; '': none
 device = 'auto'               # 'auto' | 'cpu' | 'cuda': 'auto' takes cuda where there is one
@@ -331,7 +331,7 @@ def compare_generation(c, device, batches=(1, 8)):
     from lm_eval.models.huggingface import HFLM
 
     from export import export
-    from generate import generate
+    from generate import generate as decode
     from harness import XmodelLM
     # branches this strong keep a model without training from repeating one token
     c, told = replace(c, residual_scale=60.0, block_size=4096), {}
@@ -340,7 +340,7 @@ def compare_generation(c, device, batches=(1, 8)):
         run.mkdir()
         torch.manual_seed(0)
         torch.save({'config': asdict(c), 'model': Xmodel(c).state_dict()}, run / 'step_0.pt')
-        export(run, there)
+        export(run, there)                             # by export.py's own defaults: in fp32
         theirs = HFLM(str(there), device=device, dtype='float32', batch_size=1)
         ours = XmodelLM(run, device)
 
@@ -349,8 +349,8 @@ def compare_generation(c, device, batches=(1, 8)):
         x = torch.randint(3, c.vocab_size, (B, prompt), device=device)
 
         def text(compiled, x=x):
-            return [ids.tolist() for ids, _ in generate(ours.model, x.tolist(), new, 0.0,
-                                                        compiled=compiled)]
+            return [ids.tolist() for ids, _ in decode(ours.model, x.tolist(), new, 0.0,
+                                                      compiled=compiled)]
 
         def hf(x=x):
             y = theirs.model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=new,
@@ -387,7 +387,8 @@ def compare_generation(c, device, batches=(1, 8)):
         told[what] = take_turns({'lm-eval, hf': partial(choose, theirs),
                                  'ours': partial(choose, ours)})
     print(f'{ours.model.num_params():,} parameters, {device}, fp32, {torch.get_num_threads()} '
-          'threads; how many times as fast as the first, in a round: median (least..most)')
+          f'threads; choices: hf one at a time, ours {ours.batch_tokens} tokens at a time\n'
+          'How many times as fast as the first, in a round: median (least..most)')
     for what, seconds in told.items():
         (first, base), *others = seconds.items()
         print(f'{what}: {first} {median(base):.2f} s')

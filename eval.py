@@ -25,6 +25,7 @@ The exit code is 1 where a task was left out.
 """
 import contextlib
 import difflib
+import hashlib
 import json
 import logging
 import math
@@ -48,10 +49,13 @@ from tokenizer import EOS_ID, OtherTokenizer, tokenizer_of
 
 checkpoint = 'out/proxy20m'   # a step_N.pt, or a run's folder: its newest checkpoint
 data_dir = ''                 # where the data sets are; '': where training had them
+device = 'cpu'                # or 'cuda', 'mps'
+# --- what the machine has: without --tasks ---
 eval_tokens = 50_000          # of each validation set, at most
 problems = 400                # held-out arithmetic problems, at most
 block_size = 512              # length of the validation windows
 batch_size = 8                # windows, or 8 times as many problems (short ones), at a time
+# --- lm-eval's tasks ---
 tasks = ''                    # 'paper', or lm-eval's names and wikitext2, with commas
 include_path = ''             # a folder of your own tasks' YAML files, for lm-eval
 num_fewshot = -1              # worked examples before a question; -1: as the paper, or the task
@@ -60,8 +64,7 @@ lengths = '2048,4096,8192,16384'  # of wikitext2's windows, in tokens
 batch_tokens = 8192           # tokens at a time in lm-eval's tasks
 allow_code_execution = False  # let tasks run programs that the model wrote
 resume = False                # keep the scores of tasks that are finished
-dtype = 'float32'             # 'float32' | 'bfloat16': of weights, in lm-eval's tasks
-device = 'cpu'                # or 'cuda', 'mps'
+dtype = 'float32'             # 'float32' | 'bfloat16': of weights
 
 # task of lm-eval: shots, metric, Xmodel-2.5's score if its paper has it, and after stable 1
 PAPER = {
@@ -259,6 +262,22 @@ def find_tasks(names):
     return manager
 
 
+def score_by_name(lm, manager, name, shots, entry, keep):
+    """Fill the entry of a task, or group of tasks, and keep() it after each part."""
+    if name == 'wikitext2':
+        entry['scores'] = wikitext2(lm.model, lm.tokenizer)
+        return keep()
+    loaded = manager.load([name])
+    for part, task in loaded['tasks'].items():
+        if part not in entry['parts']:
+            entry['parts'][part] = score_task(lm, task, shots)
+            keep()
+    groups = {group.name: group.aggregate(entry['parts'])
+              for group in loaded['groups'].values() if group.has_aggregation}
+    entry['scores'] = groups or entry['parts']
+    keep()
+
+
 def run_tasks(wanted, about, table, save):
     """Score the checkpoint on {task: shots or None} into table['tasks']; returns those left out."""
     import datasets
@@ -284,29 +303,14 @@ def run_tasks(wanted, about, table, save):
                 kept = ', '.join(f'{key}={value}' for key, value in entry['settings'].items())
                 left_out.append(leave_out(name, f'its kept scores have {kept}; without --resume '
                                                 'they are replaced'))
-                continue
-            if entry['scores']:
-                continue
-            try:
-                if name == 'wikitext2':
-                    entry['scores'] = wikitext2(lm.model, lm.tokenizer)
-                else:
-                    loaded = manager.load([name])
-                    for part, task in loaded['tasks'].items():
-                        if part not in entry['parts']:
-                            entry['parts'][part] = score_task(lm, task, shots)
-                            table['tasks'][name] = entry
-                            save()
-                    groups = {group.name: group.aggregate(entry['parts'])
-                              for group in loaded['groups'].values() if group.has_aggregation}
-                    entry['scores'] = groups or entry['parts']
-            except Exception as e:                                 # a task's own code raises any
-                if Path(str(getattr(e, 'filename', ''))).stem.endswith('.eval'):
-                    raise                                          # our file of scores, disk full
-                left_out.append(leave_out(name, e))
-            else:
-                table['tasks'][name] = entry
-                save()
+            elif not entry['scores']:
+                def keep(name=name, entry=entry):
+                    table['tasks'][name] = entry
+                    save()
+                try:
+                    score_by_name(lm, manager, name, shots, entry, keep)
+                except Exception as e:  # noqa: BLE001             (a task's own code raises any)
+                    left_out.append(leave_out(name, e))
     return left_out
 
 
@@ -333,9 +337,9 @@ def rows_of(table):
                     continue
                 error = scores.get(f'{what}_stderr,{kind}')
                 # shares are told in per cent, as the paper does
-                unit = 100 if re.match('acc|exact_match|math_verify|pass', what) else 1
+                unit = 100 if re.search('(^|_)(acc|exact_match|math_verify|pass)', what) else 1
                 n = str(scores.get('sample_len', ''))
-                n = f'first {n}' if settings['limit'] and name == part else n
+                n = f'first {n}' if settings['limit'] else n
                 rows.append((part, used, n, key.removesuffix(',none'), value * unit,
                              error * unit if isinstance(error, float) else None,
                              *((final, early) if whole else (None, None))))
@@ -380,9 +384,10 @@ def markdown(table):
 def open_table(about):
     """(the table of scores kept so far, a function that saves it) of a checkpoint."""
     path = Path(about['path'])
-    file, stat = path.with_suffix('.eval.json'), path.stat()
-    which = {'checkpoint': path.name, 'bytes': stat.st_size, 'modified': stat.st_mtime_ns,
-             'step': about['step'], 'tokens': about['tokens']}
+    file = path.with_suffix('.eval.json')
+    some = about['model']['embed.weight'][:8].float().contiguous()  # steps differ in any of them
+    which = {'checkpoint': path.name, 'step': about['step'], 'tokens': about['tokens'],
+             'weights': hashlib.sha256(some.numpy()).hexdigest()[:16]}
     table = which | {'validation': {}, 'arithmetic': None, 'tasks': {}}
     try:
         kept = json.loads(file.read_text(encoding='utf-8'))
@@ -398,8 +403,11 @@ def open_table(about):
             fail(f'{file} is damaged; without --resume it is replaced')
 
     def save():
-        replace_file(file, lambda f: f.write(json.dumps(table, indent=1, default=str).encode()))
-        replace_file(file.with_suffix('.md'), lambda f: f.write(markdown(table).encode()))
+        try:
+            replace_file(file, lambda f: f.write(json.dumps(table, indent=1, default=str).encode()))
+            replace_file(file.with_suffix('.md'), lambda f: f.write(markdown(table).encode()))
+        except OSError as e:                                       # disk full, say
+            fail(f'{e.filename or file}: {e.strerror}')
     return table, save
 
 
@@ -412,18 +420,18 @@ def main():
         fail(f'include_path={include_path}: there is no such folder')
     wanted = {}                                                    # task: shots, or None: its own
     for name in filter(None, map(str.strip, tasks.split(','))):
-        wanted |= {n: p[0] for n, p in PAPER.items()} if name == 'paper' else {name: None}
+        if name == 'paper':
+            wanted |= {n: p[0] for n, p in PAPER.items()}
+        else:
+            wanted.setdefault(name, None)
     if tasks and not wanted:
         fail(f'tasks={tasks!r} names none')
     if num_fewshot >= 0:
         wanted = dict.fromkeys(wanted, num_fewshot)
     left_out = []
     try:
-        if wanted:                                                 # run_tasks loads it in its dtype
-            torch.empty(0, device=device)
-            about = read_checkpoint(checkpoint)
-        else:
-            model, about = load_model(checkpoint, torch.device(device))
+        torch.empty(0, device=device).cpu()                        # which 'meta' cannot
+        about = read_checkpoint(checkpoint)
     except ValueError as e:
         fail(e)
     except (RuntimeError, AssertionError) as e:
@@ -433,10 +441,12 @@ def main():
         if wanted:
             left_out = run_tasks(wanted, about, table, save)
         else:
-            score_here(model, about, table)
+            score_here(load_model(about['path'], device)[0], about, table)
             save()
     except ValueError as e:
         fail(e)
+    except FloatingPointError as e:
+        fail(f'{about["path"]}: {e}')
     except ModuleNotFoundError as e:
         fail(f'{e.name} is missing: pip install lm_eval')
     except OSError as e:

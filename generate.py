@@ -18,8 +18,8 @@ from tokenizer import special_ids
 # --------------------------------------------------------------------------------------------------
 # One pass over what is new
 
-# of a weight: a power of two, which divides most sizes, as many as there are threads or more; on
-# 2 threads 8 slices are faster than 2 where there are 8 rows
+# Into how many slices a weight is cut: a power of two, which divides most sizes, and at least the
+# number of threads; on 2 threads 8 slices are faster than 2 where there are 8 rows.
 SLICES = max(8, 1 << (torch.get_num_threads() - 1).bit_length())
 
 
@@ -81,7 +81,7 @@ class Decoder:
     def reserve(self, max_len):
         """Make room for max_len tokens, and keep what is there: so no step has to allocate.
 
-        In few sizes, as a compiled step is for one; at least doubled, as a chat grows by turns.
+        Sizes are few, as each compiles a step of its own; a chat, which grows by turns, doubles.
         """
         if max_len <= self.max_len:
             return
@@ -103,7 +103,7 @@ class Decoder:
         at = self.one_column.fill_(first) if T == 1 else self.keys[first:self.end]
         for cache in self.caches:
             cache.at, cache.seen = at, self.max_len if static else self.end
-        keys = self.keys[:self.caches[0].seen] if first or self.padded else None
+        keys = self.keys[:self.caches[0].seen] if first or self.padded or static else None
         step = self.compiled_pass if static else one_pass
         return step(self.model, self.caches, idx, at, self.pad, keys)
 
@@ -120,7 +120,7 @@ def one_pass(model, caches, idx, at, pad, keys):
         queries, start = at[:, None], pad[:, None, None]
         # padding sees padding: no key at all would give NaN
         mask = (keys <= queries) & ((keys >= start) | (queries < start))        # (B, T, keys)
-        mask = mask[:, None]
+        mask = mask[:, None]                                                    # (B, 1, T, keys)
     x = model.hidden(idx, cos, sin, caches, mask)[:, -1]                        # (B, C)
     return sliced_linear(x, model.embed.weight).float() * model.table['logits'].multiplier
 
@@ -136,7 +136,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     top_p). temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole. A row that
     has met one of stop_ids, or that the caller marks in done (B,) bool, changed in place, repeats
     its last token; generation ends when all rows have. decoder: a Decoder that has read what comes
-    before `prompts`; `compiled` is then its own. ValueError: the model's weights are not finite.
+    before `prompts`, which are then of one length; `compiled` is its own. FloatingPointError: the
+    logits are not finite.
     """
     device = model.embed.weight.device
     P, stops = max(map(len, prompts)), torch.tensor(stop_ids, dtype=torch.long, device=device)
@@ -151,7 +152,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         logits = decoder(idx)                                                   # (B, vocab_size)
         total = logits.logsumexp(-1)                                            # (B,)
         if not total.isfinite().all():
-            raise ValueError('the model gives no finite logits: its weights are ruined')
+            raise FloatingPointError('its logits are not finite: training ruined the weights')
         new = sample_token(logits, temperature, top_k, top_p, generator)        # (B,)
         token = torch.where(done, token, new)
         done |= torch.isin(token, stops)

@@ -49,9 +49,9 @@ def groups_of(branches):
     for branch in sorted(branches, key=lambda branch: branch.ids):
         alone = len(branch.ids) - branch.scored       # what is scored has to be in the row
         joined = min(length, alone, common_prefix(branch.ids, members[-1].ids) if members else 0)
-        row = sum(len(b.ids) - joined for b in members) + len(branch.ids) - joined
+        size = sum(len(b.ids) - joined for b in (*members, branch))            # of the row
         saved = joined - (length - joined) * (len(members) - 1)
-        if saved > len(branch.ids) / 4 and row <= LONGEST_ROW:
+        if saved > len(branch.ids) / 4 and size <= LONGEST_ROW:
             length = joined
             members.append(branch)
         else:
@@ -62,7 +62,16 @@ def groups_of(branches):
 
 @torch.no_grad()
 def score(model, groups):
-    """Yield (request's number, log-likelihood in nats, is it the greedy text) of groups_of's."""
+    """{request's number: (log-likelihood in nats, is it the greedy text)} of groups_of's groups.
+
+    A group is one row of two passes. The second reads the keys of the first: so for the group of
+    the branches A (two tokens) and B (one), beside a longer one,
+
+        keys:      prefix . . pad pad | A A B pad       (P columns and S columns)
+        A's ids    1 1 1  0 0   0   0 | 1 0 0  0        what they attend to
+                   1 1 1  0 0   0   0 | 1 1 0  0
+        B's id     1 1 1  0 0   0   0 | 0 0 1  0        at the same position as A's first
+    """
     c, device = model.config, model.embed.weight.device
     P = max(length for length, _ in groups)
     rows = [[branch.ids[length:] for branch in members] for length, members in groups]
@@ -70,7 +79,7 @@ def score(model, groups):
     prefix, ids = (torch.zeros(G, n, dtype=torch.long) for n in (P, S))     # padded on the right
     positions = torch.zeros(G, S, dtype=torch.long)
     which = torch.full((G, S), -1)                                  # branch, or -1 in the padding
-    asked = []                                 # (place in (G, S), next id, number of the request)
+    scored = []                                # (place in (G, S), next id, number of the request)
     for g, ((length, members), row) in enumerate(zip(groups, rows)):
         prefix[g, :length] = torch.tensor(members[0].ids[:length])
         at = 0
@@ -78,39 +87,38 @@ def score(model, groups):
             end = at + len(part)
             ids[g, at:end], which[g, at:end] = torch.tensor(part), i
             positions[g, at:end] = length + torch.arange(len(part))
-            asked += [(g * S + end - len(continuation) + j, token, number)
-                      for number, continuation in branch.asked
-                      for j, token in enumerate(continuation)]
+            scored += [(g * S + end - len(continuation) + j, token, number)
+                       for number, continuation in branch.asked
+                       for j, token in enumerate(continuation)]
             at = end
     prefix, ids, positions, which = (t.to(device) for t in (prefix, ids, positions, which))
 
-    caches = [KVCache(model, G, P + S) for _ in model.blocks] if P else None
+    caches = mask = None                       # without a prefix: a branch a row, and causal
     if P:
+        columns = torch.arange(P + S, device=device)
+        caches = [KVCache(model, G, P + S) for _ in model.blocks]
         for cache in caches:
-            cache.at, cache.seen = torch.arange(P, device=device), P
-        model.hidden(prefix, *rope_angles(cache.at, c.hd, c.rope_theta), caches)
+            cache.at, cache.seen = columns[:P], P
+        model.hidden(prefix, *rope_angles(columns[:P], c.hd, c.rope_theta), caches)
         for cache in caches:
-            cache.at, cache.seen = torch.arange(P, P + S, device=device), P + S
-    mask = None                            # where each row is one branch alone, causal and no more
-    if P or any(len(row) > 1 for row in rows):
+            cache.at, cache.seen = columns[P:], P + S
         lengths = torch.tensor([length for length, _ in groups], device=device)
-        in_prefix = torch.arange(P, device=device) < lengths[:, None]           # (G, P)
+        in_prefix = columns[:P] < lengths[:, None]                              # (G, P)
         own = (which[:, :, None] == which[:, None]).tril()                      # (G, S, S)
-        mask = torch.cat((in_prefix[:, None].expand(G, S, P), own), -1)[:, None]
+        mask = torch.cat((in_prefix[:, None].expand(G, S, P), own), -1)[:, None]  # (G, 1, S, P + S)
     x = model.hidden(ids, *rope_angles(positions, c.hd, c.rope_theta), caches, mask)    # (G, S, C)
 
-    place, token, number = torch.tensor(asked, device=device).T                 # (n,) each
-    n = int(number.max()) + 1
-    likelihood, misses = torch.zeros(n, device=device), torch.zeros(n, device=device)
+    place, token, number = torch.tensor(scored, device=device).T                # (n,) each
+    found = {}
     step = max(1, 2**(28 if x.is_cuda else 24) // c.vocab_size)     # 1 GB (64 MB) of logits in fp32
-    for some in torch.arange(len(asked), device=device).split(step):
+    for some in torch.arange(len(scored), device=device).split(step):
         logits = model.logits(x.flatten(0, 1)[place[some]]).float()             # (step, V)
         right = logits.log_softmax(-1).gather(1, token[some, None])[:, 0]       # (step,)
-        likelihood.index_add_(0, number[some], right)
-        misses.index_add_(0, number[some], (logits.argmax(-1) != token[some]).float())
-    values, greedy = likelihood.tolist(), (misses == 0).tolist()
-    for i in number.unique().tolist():
-        yield i, values[i], greedy[i]
+        best = logits.argmax(-1) == token[some]                                 # (step,)
+        for i, value, same in zip(number[some].tolist(), right.tolist(), best.tolist()):
+            total, greedy = found.get(i, (0.0, True))
+            found[i] = total + value, greedy and same
+    return found
 
 
 @register_model('xmodel')
@@ -157,14 +165,14 @@ class XmodelLM(TemplateLM):
 
         What is too long loses its beginning.
         """
-        asked, answers = {}, [(0.0, True)] * len(requests)          # of an empty continuation
+        inputs, answers = {}, [(0.0, True)] * len(requests)         # of an empty continuation
         for number, (_, context, continuation) in enumerate(requests):
             if not continuation:
                 continue
             context = context or [self.prefix_token_id]            # where it was all white space
             ids = (*context, *continuation)[-self.max_length - 1:-1]
-            asked.setdefault(ids, []).append((number, continuation[-self.max_length:]))
-        groups = groups_of([Branch(*entry) for entry in asked.items()]) if asked else []
+            inputs.setdefault(ids, []).append((number, continuation[-self.max_length:]))
+        groups = groups_of([Branch(*entry) for entry in inputs.items()]) if inputs else []
 
         def size(group):
             """(length of its prefix, of its row)"""
@@ -186,11 +194,11 @@ class XmodelLM(TemplateLM):
                 else:
                     n += 1
                 batch, groups = groups[:n], groups[n:]
-                for number, value, greedy in score(self.model, batch):
-                    answers[number] = value, greedy
+                for number, answer in score(self.model, batch).items():
+                    answers[number] = answer
                     if requests[number][0] is not None:                        # else a window
                         self.cache_hook.add_partial('loglikelihood', requests[number][0],
-                                                    answers[number])
+                                                    answer)
                 bar.update(sum(sum(size(group)) for group in batch))
         return answers
 
@@ -227,7 +235,7 @@ class XmodelLM(TemplateLM):
                 if room <= 0:
                     raise ValueError(f'{n} tokens are to be generated, and the model is meant for '
                                      f'texts of {self.max_length}')
-                sampling = {'temperature': how['temperature'],
+                sampling = {'temperature': how.get('temperature', 1.0) if how['do_sample'] else 0.0,
                             'top_k': how.get('top_k') or 0, 'top_p': how.get('top_p') or 1.0,
                             'generator': torch.Generator(self._device).manual_seed(
                                 random.getrandbits(32))}

@@ -6,7 +6,8 @@ r"""Write text with a trained model, token by token; or talk with it.
     python sample.py out/proxy20m --chat --system="Be brief."  # Ctrl-D ends it
     python sample.py out/proxy20m --batch=FILE.jsonl --format=json > answers.jsonl
 
-The text streams to stdout as it is made, the speed goes to stderr. A KV cache keeps each token's
+The text streams to stdout as it is made (but for --batch and --format=json, where it comes when it
+is whole), the speed goes to stderr. A KV cache keeps each token's
 keys and values, so a new token costs one pass over one position, not over the whole text.
 
 A line of FILE.jsonl is {"prompt": ...}, or {"messages": [{"role": "user", "content": ...}, ...]}.
@@ -181,7 +182,7 @@ def main():
             converse(model, tokenizer, how | {'stop': [*stop, '\n\nUser:']})
         else:
             write(model, tokenizer, prompts, how | {'stop': stop, 'compiled': compile})
-    except ValueError as e:                                        # weights that are not finite
+    except FloatingPointError as e:
         fail(f'{about["path"]}: {e}')
 
 
@@ -190,6 +191,10 @@ if __name__ == '__main__':
     try:
         with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
             main()
+    except UnicodeDecodeError as e:
+        fail(f'standard input is not {e.encoding}')
+    except UnicodeEncodeError as e:
+        fail(f'standard output takes {e.encoding} alone; with PYTHONUTF8=1 it takes all text')
     except OSError as e:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)             # what is still to be flushed
         fail(f'standard output: {e.strerror}')

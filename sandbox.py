@@ -20,7 +20,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 
@@ -35,11 +34,10 @@ WRAPPERS = (
 def wrapper():
     """The words of the first of WRAPPERS that works here, [] where none does."""
     for first, *rest in (wrap.split() for wrap in WRAPPERS):
-        words = [shutil.which(first), *rest]               # in full: programs get no PATH
+        words = [shutil.which(first) or first, *rest]      # in full: programs get no PATH
         with tempfile.TemporaryDirectory() as folder, suppress(OSError):
-            command = [*(word.format(folder) for word in words if word), sys.executable, '-c', '']
-            if words[0] and not subprocess.run(command, capture_output=True,
-                                               check=False).returncode:
+            command = [*(word.format(folder) for word in words), sys.executable, '-c', '']
+            if not subprocess.run(command, capture_output=True, check=False).returncode:
                 return words
     return []
 
@@ -81,7 +79,7 @@ def child():
             resource.setrlimit(getattr(resource, f'RLIMIT_{what}'), (most, most))
     leave, write = os._exit, os.write                              # the program may change os
     try:
-        exec(program, {})  # noqa: S102
+        exec(program, {})  # noqa: S102                            (as lm-eval: no __main__)
     except BaseException:  # noqa: BLE001                          (sys.exit is no success either)
         leave(1)
     write(out, word.encode())
@@ -98,9 +96,8 @@ class CodeEval:
         references: each problem's test code. pass@K (eq. 1) is 1 - C(n - c, K) / C(n, K), the
         chance that of K among its n programs, c of which pass, at least one does.
         """
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            passed = [list(pool.map(passes, [f'{program}\n{test}' for program in programs]))
-                      for test, programs in zip(references, predictions, strict=True)]
+        passed = [[passes(f'{program}\n{test}') for program in programs]
+                  for test, programs in zip(references, predictions, strict=True)]
         return {f'pass@{K}': sum(1 - math.comb(len(p) - sum(p), K) / math.comb(len(p), K)
                                  for p in passed) / len(passed)
                 for K in k if all(len(p) >= K for p in passed)}, passed

@@ -163,7 +163,7 @@ def test_generation_is_compared_on_equal_answers(monkeypatch, capsys):
     told = bench.compare_generation(replace(C, n_layer=1, n_kv_head=2, vocab_size=512), 'cpu', [2])
     assert set(told['2 x 128 tokens']) == {'transformers', 'eager', 'compiled'}
     assert sum('lm-eval, hf' in seconds for seconds in told.values()) == 3
-    assert capsys.readouterr().out.count('ours') == 3
+    assert capsys.readouterr().out.count('    ours ') == 3
 
 
 def test_take_turns_refuses_different_answers(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """eval.py on lm-evaluation-harness, whose own model `hf`, on what we export, is the oracle."""
 import json
+import math
 import os
 import random
 import shutil
@@ -76,7 +77,7 @@ TASKS = {  # our task: (lm-eval's YAML, layout, what else)
     'winogrande': ('winogrande/default.yaml', 'winogrande', 'num_fewshot: 2'),
     'mmlu': ('mmlu/default/mmlu_anatomy.yaml', 'mmlu', 'num_fewshot: 5'),
     'gsm8k': ('gsm8k/gsm8k.yaml', 'gsm8k', 'num_fewshot: 2\ngeneration_kwargs: '
-              + '{until: ["Question:", " th"], do_sample: false, max_gen_toks: 40}'),
+              + '{until: ["Question:", " th"], max_gen_toks: 40}'),            # so greedy
     'bbh': ('bbh/cot_fewshot/boolean_expressions.yaml', 'bbh',
             'generation_kwargs: {until: ["Q", "\\n\\n"], do_sample: false, max_gen_toks: 60}'),
     'wikitext': ('wikitext/wikitext.yaml', 'wikitext', ''),
@@ -136,6 +137,32 @@ def test_each_document_gets_the_answer_of_lm_evals_own_model(both, task):
     for key, value in both[0]['results'][f'my_{task}'].items():
         assert both[1]['results'][f'my_{task}'][key] == (
             pytest.approx(value, rel=1e-5) if isinstance(value, float) else value)
+
+
+def test_what_begins_alike_is_read_once():
+    prompt, other = list(range(100)), list(range(200, 290))
+    branches = [harness.Branch((*text, *end[:-1]), [(n, end)]) for n, (text, end) in enumerate(
+        [*((prompt, [n, n, n]) for n in range(4)), *((other, [n, n]) for n in range(2))])]
+    groups = harness.groups_of(branches)
+    # a choice's first token is scored where the prompt ends, so that is in each row
+    assert sorted((length, len(members)) for length, members in groups) == [(89, 2), (99, 4)]
+    alone = harness.groups_of([harness.Branch(tuple(range(i, 2 * i)), [(0, [1])])
+                               for i in (50, 100)])
+    assert [len(members) for _, members in alone] == [1, 1]
+
+
+def test_chats_are_those_of_the_template(folder):
+    lm = harness.XmodelLM(folder / 'run')
+    said = [{'role': 'user', 'content': 'A'}, {'role': 'assistant', 'content': 'B'}]
+    assert lm.apply_chat_template(said[:1]) == 'User: A\n\nAssistant:'
+    assert lm.apply_chat_template(said, add_generation_prompt=False) == 'User: A\n\nAssistant: B'
+    assert lm.chat_template() is None and 'Assistant' in lm.chat_template(True)
+    # no text before it: as if after the end of a document
+    request = [lm_eval.api.instance.Instance('loglikelihood', {}, ('', 'import os'), 0)]
+    (found, _), = lm.loglikelihood(request, disable_tqdm=True)
+    ids = torch.tensor([lm.prefix_token_id, *lm.tok_encode('import os')])
+    right = lm.model(ids[None, :-1])[0][0].log_softmax(-1).gather(1, ids[1:, None]).sum()
+    assert found == pytest.approx(right.item(), abs=1e-4)
 
 
 def scores(run_folder, task):
@@ -260,18 +287,17 @@ def test_data_sets_from_a_folder_and_one_line_for_each_that_is_missing(copy, tmp
     assert '| arc_easy | 0 | 12 | acc_norm |' in done.stdout and 'humaneval' not in done.stdout
     model, _ = load_model(copy)                                    # the perplexity in float64
     ids = torch.tensor(get_tokenizer(SHAPE.vocab_size).encode_ordinary(text))
+    model.double()
     for T in (64, 400):
-        losses = [-model.double()(ids[None, a:a + T])[0][0].log_softmax(-1)
-                  .gather(1, ids[a + 1:a + T + 1, None])[:, 0] if a + T < len(ids) else
-                  -model.double()(ids[None, a:-1])[0][0].log_softmax(-1)
-                  .gather(1, ids[a + 1:, None])[:, 0] for a in range(0, len(ids) - 1, T)]
-        mean = torch.cat(losses).mean()
-        assert torch.cat(losses).numel() == len(ids) - 1
+        windows = [ids[a:a + T + 1] for a in range(0, len(ids) - 1, T)]
+        nll = torch.cat([-model(w[None, :-1])[0][0].log_softmax(-1).gather(1, w[1:, None])
+                         for w in windows]).mean().item()
         found = scores(copy, 'wikitext2')[f'wikitext2_{T}']
-        assert found['perplexity'] == pytest.approx(mean.exp().item(), rel=1e-4)
+        assert found['perplexity'] == pytest.approx(math.exp(nll), rel=1e-4)
         assert found['bits_per_byte'] == pytest.approx(
-            mean.item() * (len(ids) - 1) / len(ids) * len(ids) / 0.6931472 / len(text.encode()),
-            rel=2e-3)                                              # the first token is not scored
+            nll * len(ids) / math.log(2) / len(text.encode()), rel=1e-4)
+        assert found['word_perplexity'] == pytest.approx(
+            math.exp(nll * len(ids) / len(text.split())), rel=1e-3)
     done = run('eval.py', copy, '--tasks=humaneval', '--allow_code_execution', *args[2:])
     assert done.returncode == 0, done.stderr
     assert '| humaneval | 0 | 12 | pass@1,create_test | 0.00 |' in done.stdout

@@ -1,20 +1,29 @@
 """sandbox.py: what a program that a model wrote can do, and what not."""
 import itertools
 import os
+import shutil
 import socket
+import subprocess
 
 import pytest
 from conftest import run
 
 import sandbox
 
+WAYS = {'alone': None, 'bwrap': 'bwrap --ro-bind / / --unshare-all true',
+        'unshare': 'unshare --user --map-root-user --net --pid --fork true'}
 
-@pytest.fixture(params=['', *sandbox.WRAPPERS], ids=['alone', 'bwrap', 'unshare'])
+
+@pytest.fixture(params=WAYS)
 def wrapper(request, monkeypatch):
-    """Each way to run a program that this machine has; where it has not, plainly again."""
-    monkeypatch.setattr(sandbox, 'WRAPPERS', (request.param,) if request.param else ())
+    """Each way to run a program that this machine has; where it has not, alone once more."""
+    monkeypatch.setattr(sandbox, 'WRAPPERS', tuple(
+        wrap for wrap in sandbox.WRAPPERS if wrap.startswith(request.param)))
     sandbox.wrapper.cache_clear()
-    yield sandbox.wrapper()
+    words, probe = sandbox.wrapper(), (WAYS[request.param] or 'false').split()
+    works = shutil.which(probe[0]) and not subprocess.run(probe, check=False).returncode
+    assert [os.path.basename(word) for word in words[:1]] == ([request.param] if works else [])
+    yield words
     sandbox.wrapper.cache_clear()
 
 

@@ -304,7 +304,7 @@ WRONG = {   # name: (script, arguments from (tmp_path, tiny_run, data_dir), what
     "Hugging Face's folder": ('eval.py', lambda t, r, d: [with_config_json(t / 'hf')],
                               f'--from_hf {os.sep}'),
     'no such step': ('sample.py', lambda t, r, d: [r / 'step_7.pt'], 'there: 8, '),
-    'ruined weights': ('sample.py', lambda t, r, d: [ruined(r, t / 'w.pt')], 'are ruined'),
+    'ruined weights': ('sample.py', lambda t, r, d: [ruined(r, t / 'w.pt')], 'are not finite'),
     'system without chat': ('sample.py', lambda t, r, d: [r, '--system=S'], '--chat'),
     'weights alone': ('eval.py', lambda t, r, d: [bare_weights(r, t / 'w.pt')], 'no data sets'),
     'data in a file': ('eval.py', lambda t, r, d: [r, f'--data_dir={wrong_checkpoint(t / "f")}'],

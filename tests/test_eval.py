@@ -1,0 +1,110 @@
+"""eval.py's own scores and its table, beside float64 and what is known."""
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import eval as script
+from checkpoint import load_model
+from data_prep import get_windows, open_data
+
+
+def test_the_validation_loss_is_that_of_float64(tiny_run, data_dir, monkeypatch):
+    monkeypatch.setattr(script, 'eval_tokens', 640)
+    data = open_data(data_dir, ['arith'], 512)['arith']
+    model, _ = load_model(tiny_run)
+    with torch.no_grad():
+        loss, bits = script.validation_loss(model, data, 64)
+        there = data.n_windows('val', 64)
+        x, y = get_windows(data, 'val', [i * there // 10 for i in range(10)], 64)
+        logprobs = model.double()(x)[0].log_softmax(-1)
+        right = -logprobs[y >= 0].gather(1, y[y >= 0][:, None]).mean().item()
+    val = data.meta['val']
+    assert loss == pytest.approx(right, rel=1e-5)
+    assert bits == pytest.approx(right / math.log(2) * val['tokens'] / val['bytes'], rel=1e-5)
+
+
+def test_a_sum_is_solved_by_the_number_after_the_signs_alone(data_dir, monkeypatch):
+    data = open_data(data_dir, ['arith'], 512)['arith']
+    tokenizer = script.tokenizer_of({'path': 'none', 'config': SimpleNamespace(vocab_size=512)})
+    written = {tuple(prompt): tokenizer.decode(worked) for prompt, worked in data.pairs('val')}
+    says = {}
+
+    def fake(model, tokenizer, prompts, max_new_tokens, **how):
+        for prompt in prompts:
+            right = written[tuple(prompt)]
+            number = right.partition('#### ')[2].partition('<')[0].strip()
+            kind = len(says) % 4
+            says[tuple(prompt)] = (right, f'#### {int(number) + 1}', number,
+                                   f'#### {number} and so #### 99')[kind]
+        return [SimpleNamespace(text=says[tuple(prompt)]) for prompt in prompts]
+
+    monkeypatch.setattr(script, 'complete', fake)
+    monkeypatch.setattr(script, 'problems', 40)
+    solved, tried = script.arithmetic(None, data, tokenizer)
+    assert (solved, tried) == (20, 40) and len(says) == 40
+    assert script.answer('#### -3') == '-3' and script.answer('### 3') is None
+
+
+@pytest.mark.parametrize('k, n', [(0, 10), (10, 10), (209, 400), (1, 3)])
+def test_wilsons_interval_has_the_shares_whose_deviation_is_196(k, n):
+    for p in script.wilson(k, n):
+        if 0 < p < 1:
+            assert abs(k / n - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / n))
+    low, high = script.wilson(k, n)
+    assert low <= k / n <= high and (low == pytest.approx(0, abs=1e-12)) == (k == 0)
+
+
+def test_the_papers_columns_stand_beside_its_own_settings_alone():
+    def entry(name, i, limit=0, **changed):
+        shots, metric, *_ = script.PAPER[name]
+        what, _, kind = metric.partition(',')
+        found = {'shots': shots, metric: i / 100, f'{what}_stderr,{kind}': 0.01, 'sample_len': 50,
+                 'other,none': 0.5} | changed
+        groups = {name: found, 'a_part_of_it': found}
+        return {'settings': {'shots': found['shots'], 'limit': limit}, 'parts': {name: found},
+                'scores': groups}
+
+    table = {'tasks': {name: entry(name, i) for i, name in enumerate(script.PAPER, 1)}}
+    rows = script.rows_of(table)
+    whole = {row[0]: row for row in rows if row[0] in script.PAPER}
+    assert whole['arc_challenge'] == \
+        ('arc_challenge', '25', '50', 'acc_norm', 1.0, 1.0, 46.16, 30.63)
+    assert whole['gsm8k'][3:] == ('exact_match,strict-match', 8.0, 1.0, 56.56, 1.59)
+    assert whole['minerva_math'][-2:] == whole['ceval-valid'][-2:-2] + (None, None)
+    assert len(whole) == 13 and not any(
+        row[-2:] != (None, None) for row in rows if row[0] == 'a_part_of_it')
+    assert rows[-1] == ('average of the 13', '', '', '', pytest.approx(7.0), None, 52.49, None)
+    table['tasks']['arc_easy'] = entry('arc_easy', 2, shots=0)     # no longer the paper's
+    table['tasks']['piqa'] = entry('piqa', 3, limit=50)
+    rows = script.rows_of(table)
+    assert rows[-1][0] != 'average of the 13'
+    assert {row[-2:] for row in rows if row[0] in ('arc_easy', 'piqa')} == {(None, None)}
+    assert {row[2] for row in rows if row[0] == 'piqa'} == {'first 50'}
+
+
+def test_the_papers_shots_are_kept_beside_a_tasks_name(tiny_run, monkeypatch, tmp_path):
+    wanted = []
+    monkeypatch.setattr(script, 'run_tasks', lambda names, *rest: wanted.append(names))
+    monkeypatch.setattr(script, 'checkpoint', str(tiny_run))
+    for tasks in ('paper,arc_easy,swag', 'arc_easy,swag,paper'):
+        monkeypatch.setattr(script, 'tasks', tasks)
+        with pytest.raises(SystemExit):
+            script.main()
+    assert wanted[0] == wanted[1] == {n: p[0] for n, p in script.PAPER.items()} | {'swag': None}
+
+
+def test_scores_of_other_weights_are_not_kept(tiny_run, tmp_path):
+    checkpoint = torch.load(tiny_run / 'step_20.pt', weights_only=True)
+
+    def table():
+        torch.save(checkpoint, tmp_path / 'step_20.pt')
+        return script.open_table(script.read_checkpoint(tmp_path))
+
+    first, save = table()
+    first['tasks']['mine'] = {'settings': {'limit': 0, 'shots': None}, 'parts': {}, 'scores': {}}
+    save()
+    assert table()[0] == first                                     # though the file is a new one
+    checkpoint['model']['embed.weight'] += 1e-3
+    assert not table()[0]['tasks']
