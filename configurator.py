@@ -87,7 +87,8 @@ def convert(value, like, choices=()):
     elif type(like) is float and type(value) is int:
         return float(value)
     elif like is not None and type(value) is not type(like):
-        kind = 'True or False' if type(like) is bool else f'of type {type(like).__name__}'
+        kind = {bool: 'True or False', list: 'a list, such as ["a", "b"]'}.get(
+            type(like), f'of type {type(like).__name__}')
         raise ValueError(f'{reprlib.repr(value)} should be {kind}')
     return value
 

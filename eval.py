@@ -144,6 +144,8 @@ def score_here(model, about, table):
     names = list(about['knobs'].get('data', ()))
     if not names and data_dir:                           # of imported weights: all that are there
         names = sorted(meta.parent.name for meta in Path(data_dir).glob('*/meta.json'))
+        if not names:
+            raise ValueError(f'{data_dir} has no folders of data sets, as data_prep.py writes them')
     if not names:
         raise ValueError(f'{about["path"]} names no data sets, as a checkpoint of train.py does; '
                          '--data_dir=FOLDER takes all in a folder')
@@ -165,7 +167,12 @@ def load_dataset(load, hub, path, *args, **knobs):
     """datasets.load_dataset, but from data_dir where that has the folder `path`."""
     local = Path(hub['data_dir'], path)
     if local.is_dir() and not Path(path).exists():       # a task may also name a folder of its own
-        return load(str(local), *args, **knobs)
+        try:
+            return load(str(local), *args, **knobs)
+        except Exception as e:
+            if (local / 'README.md').exists():
+                raise
+            raise ValueError(f'{local} has no README.md, which names its parts: {e}') from e
     if hub['reached'] is None and path not in ('json', 'csv', 'text', 'parquet'):
         from huggingface_hub import constants, get_session
         try:                                   # once, as the library would try again and again
@@ -180,8 +187,8 @@ def load_dataset(load, hub, path, *args, **knobs):
         return load(path, *args, **knobs)
     except Exception as e:
         if hub['reached'] is False:
-            raise ValueError(f'its data set is missing: no {local}, and the hub cannot be '
-                             'reached') from e
+            raise ValueError(f'its data set is missing: no {local} (--data_dir), and the hub '
+                             'cannot be reached') from e
         raise
 
 
@@ -300,10 +307,14 @@ def run_tasks(wanted, about, table, save):
             entry = resume and table['tasks'].get(name) or {
                 'settings': settings, 'parts': {}, 'scores': None}
             if entry['settings'] != settings:
-                kept = ', '.join(f'{key}={value}' for key, value in entry['settings'].items())
-                left_out.append(leave_out(name, f'its kept scores have {kept}; without --resume '
+                other = ', '.join(f'{key}={value}, now {settings[key]}'
+                                  for key, value in entry['settings'].items()
+                                  if value != settings[key])
+                left_out.append(leave_out(name, f'its kept scores have {other}; without --resume '
                                                 'they are replaced'))
-            elif not entry['scores']:
+            elif entry['scores']:
+                print(f'eval.py: {name} is kept as it was scored before', file=sys.stderr)
+            else:
                 def keep(name=name, entry=entry):
                     table['tasks'][name] = entry
                     save()
@@ -426,6 +437,8 @@ def main():
             wanted.setdefault(name, None)
     if tasks and not wanted:
         fail(f'tasks={tasks!r} names none')
+    if not tasks and (include_path or limit or num_fewshot >= 0):
+        fail('include_path, limit and num_fewshot are for --tasks=NAMES')
     if num_fewshot >= 0:
         wanted = dict.fromkeys(wanted, num_fewshot)
     left_out = []
@@ -451,7 +464,10 @@ def main():
         fail(f'{e.name} is missing: pip install lm_eval')
     except OSError as e:
         fail(f'{e.filename}: {e.strerror}' if e.filename else e)
-    print(markdown(table), end='')
+    # what was asked for; the file has all
+    print(markdown(table | ({'validation': {}, 'arithmetic': None} if wanted else {}) | {'tasks': {
+        name: entry for name, entry in table['tasks'].items()
+        if name in wanted and name not in left_out}}), end='')
     sys.exit(1 if left_out else 0)
 
 

@@ -230,7 +230,10 @@ def model_card(about, run):
             f'{c.vocab_size:,}, after {about["step"]:,} steps, {about["tokens"]:,} tokens. '
             'Written by nano-xmodel, after Xmodel-2.5 (arXiv 2511.19496).')
     lines = ['---', 'library_name: transformers', 'pipeline_tag: text-generation', '---', '',
-             f'# {run.name}', '', what, '']
+             f'# {run.name}', '', what, '', '```python', 'from transformers import pipeline',
+             f"write = pipeline('text-generation', '{run.name}')            # this folder",
+             "print(write('Once', max_new_tokens=50, do_sample=True, temperature=0.8, top_p=0.95))",
+             '```', '']
     log = run / 'log.jsonl'
     for line in log.read_text(encoding='utf-8').splitlines() if log.exists() else ():
         with suppress(ValueError, KeyError, TypeError):            # a line may be cut off by a kill
@@ -273,6 +276,7 @@ def export(checkpoint, target):
         write_json(folder / 'tokenizer_config.json', special | {
             'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': c.block_size,
             'add_bos_token': False, 'clean_up_tokenization_spaces': False,
+            'padding_side': 'left',                                # as many prompts at a time want
             'chat_template': CHAT_TEMPLATE})
         (folder / 'README.md').write_text(model_card(about, path.parent), encoding='utf-8')
         write_weights(folder, about['model'], c, shard_gb * 1e9)
@@ -398,8 +402,8 @@ def own_tokenizer(folder, vocab_size):
 
 def from_huggingface(folder, target):
     """Write a folder of Hugging Face's as the run folder target: step_0.pt, and shape.py."""
-    if folder.is_file():
-        raise ValueError(f'{folder} is a file; a folder with config.json and weights is wanted')
+    if not folder.is_dir():
+        raise ValueError(f'{folder} is no folder; one with config.json and weights is wanted')
     config = read_json(folder / 'config.json')
     try:
         c = our_config(config)

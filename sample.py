@@ -96,6 +96,10 @@ def write(model, tokenizer, prompts, how):
 
     As text, those of one prompt stream, one after the other; else batch_size go at a time.
     """
+    longest = max(len(tokenizer.encode_ordinary(text)) for text, _ in prompts) + max_new_tokens
+    if longest > model.config.block_size:
+        print(f'sample.py: up to {longest} tokens, and the model is meant for texts of '
+              f'{model.config.block_size}', file=sys.stderr)
     prompts = [prompt for prompt in prompts for _ in range(num_samples)]
     streams = format == 'text' and not batch
     size, began, n = 1 if streams else batch_size, time.time(), 0
@@ -127,13 +131,14 @@ def converse(model, tokenizer, how):
         if sys.stdin.isatty():
             tell('User: ')
         if not (line := sys.stdin.readline()):
-            return
+            return tell('\n' if sys.stdin.isatty() else '')
         if not line.strip():
             continue
         turns.append({'role': 'user', 'content': line.strip()})
         ids = tokenizer.encode_ordinary(text := chat_prompt(before + turns))
         while len(ids) + max_new_tokens > model.config.block_size and len(turns) > 1:
             del turns[:2]                                 # the oldest turn and its answer
+            print('(the oldest turn is forgotten)', file=sys.stderr)
             ids = tokenizer.encode_ordinary(text := chat_prompt(before + turns))
         # Encoded anew, the answer may have other tokens than were drawn: read again from the first
         # that differs.
@@ -166,6 +171,7 @@ def main():
         fail('--system is for --chat; a line of --batch may have it among its messages')
     try:
         prompts = read_batch(batch) if batch else [(text, None)]
+        torch.zeros(1, device=device).item()
         generator = torch.Generator(device).manual_seed(seed)
         model, about = load_model(checkpoint, torch.device(device))
         tokenizer = tokenizer_of(about)

@@ -354,7 +354,7 @@ WRONG = {   # name: (arguments from (exported, tmp_path), what the line tells)
     'shards': (lambda e, t: [e / 'run', t / 'hf', '--shard_gb=0.0'], 'shard_gb=0.0'),
     'third argument': (lambda e, t: [e / 'run', t / 'hf', 'more'], 'more'),
     'no config.json': (lambda e, t: ['--from_hf', t, t / 'run'], 'config.json: No such file'),
-    'in from a file': (lambda e, t: ['--from_hf', e / 'run/step_0.pt', t / 'run'], 'is a file'),
+    'in from a file': (lambda e, t: ['--from_hf', e / 'run/step_0.pt', t / 'run'], 'is no folder'),
     'untied': (lambda e, t: ['--from_hf', with_tensors(
         e, t / 'x', **{'lm_head.weight': torch.ones(512, 64)}), t / 'run'],
                'lm_head.weight differs'),

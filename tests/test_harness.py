@@ -209,6 +209,7 @@ def process_results(doc, results):
     assert done.returncode == 0, done.stderr
     resumed = json.loads((copy / 'step_0.eval.json').read_text())['tasks']
     assert done.stdout == (copy / 'step_0.eval.md').read_text()
+    assert 'my_winogrande is kept as it was scored before' in done.stderr
 
     done = run('eval.py', copy, *args[:-1])
     unbroken = json.loads((copy / 'step_0.eval.json').read_text())['tasks']
@@ -301,7 +302,8 @@ def test_data_sets_from_a_folder_and_one_line_for_each_that_is_missing(copy, tmp
     done = run('eval.py', copy, '--tasks=humaneval', '--allow_code_execution', *args[2:])
     assert done.returncode == 0, done.stderr
     assert '| humaneval | 0 | 12 | pass@1,create_test | 0.00 |' in done.stdout
-    assert '| arc_easy |' in done.stdout                           # which was scored before
+    assert 'arc_easy' not in done.stdout                           # though its scores are kept
+    assert '| arc_easy |' in (copy / 'step_0.eval.md').read_text()
 
 
 def test_the_papers_tasks_are_lm_evals():
@@ -347,7 +349,8 @@ def test_a_yaml_that_cannot_be_read_is_named(copy, tmp_path):
 
 @pytest.mark.parametrize('args, why', [
     (['--tasks=my_arc,no_such_task'], 'no_such_task'), (['--tasks=my_arc', '--limit=-1'], 'limit'),
-    (['--tasks=my_arc', '--num_fewshot=-2'], 'num_fewshot'), (['--lengths=a'], 'lengths'),
+    (['--tasks=my_arc', '--num_fewshot=-2'], 'num_fewshot'), (['--limit=3'], '--tasks'),
+    (['--lengths=a'], 'lengths'),
     (['--tasks=my_arc', '--include_path=/no/such'], 'include_path'),
     (['--tasks=my_arc', '--dtype=int8'], 'dtype'), (['--batch_tokens=0'], 'batch_tokens'),
     (['--tasks=my_arc', '--device=nope'], 'nope')])
