@@ -77,7 +77,9 @@ def read_checkpoint(path):
         with torch.device('meta'):
             right = Xmodel(config).state_dict()
         shapes, right = ({k: v.shape for k, v in d.items()} for d in (checkpoint['model'], right))
-        if shapes != right:
+        if shapes != right or type(checkpoint['step']) is not int \
+                or type(checkpoint['tokens']) is not int or type(checkpoint['knobs']) is not dict \
+                or not all(t.is_floating_point() for t in checkpoint['model'].values()):
             raise ValueError
         return checkpoint
     except Exception as e:  # noqa: BLE001                         (torch.load raises many kinds)

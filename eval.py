@@ -26,13 +26,16 @@ The exit code is 1 where a task was left out.
 import contextlib
 import difflib
 import hashlib
+import importlib.util
 import json
 import logging
 import math
+import numbers
 import os
 import random
 import re
 import sys
+import zipfile
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -127,6 +130,11 @@ def answer(text):
     return found and found[1]
 
 
+def exp(loss):
+    """The perplexity of a loss in nats, infinite where a float cannot hold it."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
 def wilson(k, n, z=1.96):
     """95 % interval of a share of which k in n were seen (Wilson 1927)."""
     p, d = k / n, 1 + z * z / n
@@ -203,6 +211,14 @@ def code_eval(name, *args, **knobs):
     return CodeEval
 
 
+def no_parse_expr():
+    """Without parse_expr of sympy, by which some tasks grade answers: it runs them as Python."""
+    if allow_code_execution or not importlib.util.find_spec('sympy'):
+        return contextlib.nullcontext()
+    return mock.patch('sympy.parsing.sympy_parser.parse_expr', side_effect=ValueError(
+        'it runs answers as Python: --allow_code_execution lets it'))
+
+
 def wikitext2(model, tokenizer):
     """{'wikitext2_T': perplexities a token and a word, bits a byte} of its test set at `lengths`.
 
@@ -223,8 +239,8 @@ def wikitext2(model, tokenizer):
             n += y.numel()                                         # every token but the first
         share = n / len(ids)
         found[f'wikitext2_{T}'] = {
-            'perplexity': math.exp(total / n),
-            'word_perplexity': math.exp(total / (share * len(text.split()))),
+            'perplexity': exp(total / n),
+            'word_perplexity': exp(total / (share * len(text.split()))),
             'bits_per_byte': total / math.log(2) / (share * len(text.encode())),
             'sample_len': n}
     return found
@@ -253,9 +269,12 @@ def find_tasks(names):
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
     knobs = {'include_path': include_path or None}
-    manager = TaskManager(include_defaults=False, **knobs)
-    if any(name not in manager.all_tasks for name in names):
-        manager = TaskManager(**knobs)                             # reading all takes 20 s
+    try:
+        manager = TaskManager(include_defaults=False, **knobs)
+        if any(name not in manager.all_tasks for name in names):
+            manager = TaskManager(**knobs)                         # reading all takes 20 s
+    except Exception as e:  # noqa: BLE001                         (a YAML may hold anything)
+        fail(f'include_path={include_path}: lm-eval cannot read its YAML files: {e}')
     for name in names:
         if name not in manager.all_tasks:
             for file in sorted(Path(include_path).rglob('*.yaml') if include_path else ()):
@@ -300,7 +319,8 @@ def run_tasks(wanted, about, table, save):
     left_out = []
     with mock.patch('datasets.load_dataset', partial(load_dataset, datasets.load_dataset, hub)), \
             mock.patch('evaluate.load', code_eval), \
-            mock.patch('lm_eval.api.task.tqdm', partial(tqdm, leave=False, disable=None)):
+            mock.patch('lm_eval.api.task.tqdm', partial(tqdm, leave=False, disable=None)), \
+            no_parse_expr():
         for name, shots in wanted.items():
             settings = {'shots': shots, 'limit': limit, 'dtype': dtype} | (
                 {'lengths': lengths} if name == 'wikitext2' else {})
@@ -344,7 +364,8 @@ def rows_of(table):
             whole = compared and name == part                      # not a subject of it
             for key, value in scores.items():
                 what, _, kind = key.partition(',')
-                if not isinstance(value, float) or '_stderr' in what or whole and key != metric:
+                if '_stderr' in what or whole and key != metric or not (
+                        isinstance(value, float) or ',' in key and isinstance(value, numbers.Real)):
                     continue
                 error = scores.get(f'{what}_stderr,{kind}')
                 # shares are told in per cent, as the paper does
@@ -368,7 +389,7 @@ def markdown(table):
         lines += ['| data set | window | loss | perplexity | bits a byte |',
                   '| --- | --- | --- | --- | --- |',
                   *(f'| {name} | {found["block_size"]} | {found["loss"]:.4f} | '
-                    f'{math.exp(found["loss"]):.2f} | {found["bits_per_byte"]:.4f} |'
+                    f'{exp(found["loss"]):.2f} | {found["bits_per_byte"]:.4f} |'
                     for name, found in table['validation'].items()), '']
     if table['arithmetic']:
         solved, tried = table['arithmetic']['solved'], table['arithmetic']['tried']
@@ -392,13 +413,21 @@ def markdown(table):
 # --------------------------------------------------------------------------------------------------
 # The script
 
+def plain(value):
+    """What JSON has in place of a number of numpy's, or of anything else that it does not know."""
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
 def open_table(about):
     """(the table of scores kept so far, a function that saves it) of a checkpoint."""
     path = Path(about['path'])
     file = path.with_suffix('.eval.json')
-    some = about['model']['embed.weight'][:8].float().contiguous()  # steps differ in any of them
+    with zipfile.ZipFile(path) as parts:                           # torch.save's, with checksums
+        sums = sorted((part.filename, part.CRC) for part in parts.infolist())
+    own = path.with_name('tokenizer.json')
+    digest = hashlib.sha256(repr(sums).encode() + (own.read_bytes() if own.exists() else b''))
     which = {'checkpoint': path.name, 'step': about['step'], 'tokens': about['tokens'],
-             'weights': hashlib.sha256(some.numpy()).hexdigest()[:16]}
+             'content': digest.hexdigest()[:16]}
     table = which | {'validation': {}, 'arithmetic': None, 'tasks': {}}
     try:
         kept = json.loads(file.read_text(encoding='utf-8'))
@@ -415,7 +444,8 @@ def open_table(about):
 
     def save():
         try:
-            replace_file(file, lambda f: f.write(json.dumps(table, indent=1, default=str).encode()))
+            content = json.dumps(table, indent=1, default=plain).encode()
+            replace_file(file, lambda f: f.write(content))
             replace_file(file.with_suffix('.md'), lambda f: f.write(markdown(table).encode()))
         except OSError as e:                                       # disk full, say
             fail(f'{e.filename or file}: {e.strerror}')
@@ -455,7 +485,13 @@ def main():
             left_out = run_tasks(wanted, about, table, save)
         else:
             score_here(load_model(about['path'], device)[0], about, table)
-            save()
+        save()
+        # what was asked for; the file has all
+        print(markdown(table | ({'validation': {}, 'arithmetic': None} if wanted else {}) | {
+            'tasks': {name: entry for name, entry in table['tasks'].items()
+                      if name in wanted and name not in left_out}}), end='', flush=True)
+    except BrokenPipeError:
+        pass
     except ValueError as e:
         fail(e)
     except FloatingPointError as e:
@@ -463,11 +499,8 @@ def main():
     except ModuleNotFoundError as e:
         fail(f'{e.name} is missing: pip install lm_eval')
     except OSError as e:
-        fail(f'{e.filename}: {e.strerror}' if e.filename else e)
-    # what was asked for; the file has all
-    print(markdown(table | ({'validation': {}, 'arithmetic': None} if wanted else {}) | {'tasks': {
-        name: entry for name, entry in table['tasks'].items()
-        if name in wanted and name not in left_out}}), end='')
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)               # what is still to be flushed
+        fail(f'{e.filename or "standard output"}: {e.strerror}')
     sys.exit(1 if left_out else 0)
 
 
@@ -482,7 +515,7 @@ if __name__ == '__main__':
         sys.argv[:2] = ['lm_eval']
         try:
             cli_evaluate()
-        except (ValueError, OSError) as e:                         # no hub, say
+        except (ValueError, TypeError, OSError) as e:              # no hub, say
             fail(e, 'eval.py')
         sys.exit()
     configure(globals(), positional=['checkpoint'])

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -28,7 +29,16 @@ from tqdm import tqdm
 from checkpoint import read_checkpoint, replace_file
 from configurator import configure, fail
 from model import Xmodel, XmodelConfig, mup_table
-from tokenizer import BOS_ID, CHAT_TEMPLATE, EOS_ID, PAD_ID, PADDED, SMALLEST, tokenizer_json
+from tokenizer import (
+    BOS_ID,
+    CHAT_TEMPLATE,
+    EOS_ID,
+    PAD_ID,
+    PADDED,
+    SMALLEST,
+    OtherTokenizer,
+    tokenizer_json,
+)
 
 source = ''                   # a run's folder or step_N.pt; with from_hf: Hugging Face's folder
 target = ''                   # a new folder to write; with format=gguf a new file
@@ -112,9 +122,10 @@ def our_config(config):
     """
     def number(key, default=None, kind=float):
         value = default if config.get(key) is None else config[key]
-        if type(value) not in (int, float) or not 0 < value < math.inf or value != kind(value):
+        if type(value) not in (int, float) or not 0 < value < 2**31 or value != kind(value):
             what = 'a number' if kind is float else 'a whole number'
-            raise ValueError(f'{key} is {value!r}, which should be {what} above 0')
+            raise ValueError(f'{key} is {repr(value)[:40]}, which should be {what} above 0 '
+                             'and below 2^31')
         return kind(value)
 
     model_type = config.get('model_type')
@@ -357,7 +368,7 @@ def read_json(path):
         content = json.loads(path.read_text(encoding='utf-8'))
     except OSError as e:
         raise ValueError(f'{path}: {e.strerror}') from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f'{path}: {e}') from None
     if not isinstance(content, dict):
         raise ValueError(f'{path} should hold an object')  # noqa: TRY004
@@ -395,9 +406,13 @@ def own_tokenizer(folder, vocab_size):
         if (folder / 'tokenizer.model').exists():
             raise ValueError(f'{folder} has a tokenizer.model alone; a tokenizer.json is wanted')
         return None
-    vocabulary = (read_json(file).get('model') or {}).get('vocab')
+    model = read_json(file).get('model')
     ours = SMALLEST <= vocab_size <= PADDED and tokenizer_json(vocab_size)['model']['vocab']
-    return None if vocabulary == ours else file
+    if isinstance(model, dict) and model.get('vocab') == ours:
+        return None
+    if (ids := OtherTokenizer(file).n_vocab) > vocab_size:         # which raises what is wrong
+        raise ValueError(f'{file} has ids to {ids - 1}, and the model {vocab_size} rows')
+    return file
 
 
 def from_huggingface(folder, target):
@@ -407,7 +422,7 @@ def from_huggingface(folder, target):
     config = read_json(folder / 'config.json')
     try:
         c = our_config(config)
-    except (ValueError, AttributeError) as e:
+    except (ValueError, AttributeError, TypeError, OverflowError) as e:
         raise ValueError(f'{folder}/config.json: {e}') from None
     own = own_tokenizer(folder, c.vocab_size)
     found, state = read_weights(folder), {}
@@ -464,6 +479,7 @@ def main():
         fail('--from_hf takes weights as they are: without --format and --dtype')
     if dtype == 'q8_0' and format != 'gguf':
         fail(f'dtype=q8_0 is for format=gguf, not for {format}')
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))       # so that nothing half-made stays
     try:
         if Path(target).exists():
             fail(f'{target} exists already; name a new one')
@@ -479,7 +495,7 @@ def main():
         package = e.name.partition('.')[0]
         fail(f'{package} is missing: pip install {package}')
     except OSError as e:
-        fail(f'{e.filename or target}: {e.strerror}')
+        fail(f'{target}: {e.strerror}')
 
 
 if __name__ == '__main__':

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import rope_angles
-from tokenizer import special_ids
 
 # --------------------------------------------------------------------------------------------------
 # One pass over what is new
@@ -199,7 +198,7 @@ class Continuation:
         if token in self.stop_ids:
             self.add_text()
             self.finish = self.finish or 'eos'
-        elif token < self.tokenizer.n_vocab and token not in special_ids(self.tokenizer):
+        elif token < self.tokenizer.n_vocab and token not in self.tokenizer.special_ids:
             self.context.append(token)
             self.add_text(whole=True)
 

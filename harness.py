@@ -11,6 +11,7 @@ token sequences, neighbours that begin alike share that beginning, and it is rea
 follows as one row for each group, on the beginning's keys and values (KV cache): branches beside
 one another, each blind to the others by the attention mask.
 """
+import math
 import random
 from itertools import groupby
 
@@ -118,6 +119,8 @@ def score(model, groups):
         for i, value, same in zip(number[some].tolist(), right.tolist(), best.tolist()):
             total, greedy = found.get(i, (0.0, True))
             found[i] = total + value, greedy and same
+    if any(math.isnan(value) for value, _ in found.values()):
+        raise FloatingPointError('log-likelihoods are NaN: training ruined the weights')
     return found
 
 
@@ -228,6 +231,8 @@ class XmodelLM(TemplateLM):
                 part = list(part)                                  # those with the same settings
                 how = normalize_gen_kwargs(requests[part[0]].args[1])
                 known = {'until', 'max_gen_toks', 'temperature', 'do_sample', 'top_k', 'top_p'}
+                if how.get('num_beams') == 1:                      # greedy, or plain sampling
+                    known.add('num_beams')
                 if others := how.keys() - known:
                     raise ValueError(f'generation_kwargs: {min(others)} is not known here')
                 until, n = how['until'], how['max_gen_toks']
@@ -239,7 +244,8 @@ class XmodelLM(TemplateLM):
                             'top_k': how.get('top_k') or 0, 'top_p': how.get('top_p') or 1.0,
                             'generator': torch.Generator(self._device).manual_seed(
                                 random.getrandbits(32))}
-                prompts = {i: self.tok_encode(requests[i].args[0])[-room:] for i in part}
+                prompts = {i: self.tok_encode(requests[i].args[0])[-room:] or
+                           [self.prefix_token_id] for i in part}
                 part.sort(key=lambda i: -len(prompts[i]))
                 while part:
                     B = max(1, self.batch_tokens // (len(prompts[part[0]]) + n))
@@ -261,7 +267,9 @@ class XmodelLM(TemplateLM):
             raise NotImplementedError('the chat template of another tokenizer is not read')
         if add_generation_prompt:
             return chat_prompt(chat_history)
-        return f'{chat_prompt(chat_history[:-1])} {chat_history[-1]["content"]}'   # to be continued
+        if chat_history[-1]['role'] == 'assistant':                # whose words are to be continued
+            return f'{chat_prompt(chat_history[:-1])} {chat_history[-1]["content"]}'
+        return chat_prompt(chat_history).removesuffix('\n\nAssistant:')
 
     def chat_template(self, chat_template=False):
         return CHAT_TEMPLATE if chat_template else None

@@ -56,7 +56,7 @@ def read_batch(file):
     """[(prompt, the line's object)] of a .jsonl file; ValueError names a line that has none."""
     prompts = []
     try:
-        with open(0 if file == '-' else file, encoding='utf-8') as f:
+        with open(0 if file == '-' else file, encoding='utf-8-sig') as f:
             for n, line in enumerate(f, 1):
                 if not line.strip():
                     continue
@@ -68,7 +68,7 @@ def read_batch(file):
                             prompts.append((chat_prompt(turns), entry))
                         case _:
                             raise ValueError
-                    prompts[-1][0].encode()                # JSON can escape half a character
+                    json.dumps(entry, ensure_ascii=False).encode()         # JSON can escape half
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     raise ValueError(f'{file}: line {n} should be {{"prompt": TEXT}} or '
                                      '{"messages": [{"role": ..., "content": ...}, ...]}') from None
@@ -96,7 +96,10 @@ def write(model, tokenizer, prompts, how):
 
     As text, those of one prompt stream, one after the other; else batch_size go at a time.
     """
-    longest = max(len(tokenizer.encode_ordinary(text)) for text, _ in prompts) + max_new_tokens
+    lengths = [len(tokenizer.encode_ordinary(text)) for text, _ in prompts]
+    if not all(lengths):
+        raise ValueError(f'its tokenizer has no token for {prompts[lengths.index(0)][0]!r}')
+    longest = max(lengths) + max_new_tokens
     if longest > model.config.block_size:
         print(f'sample.py: up to {longest} tokens, and the model is meant for texts of '
               f'{model.config.block_size}', file=sys.stderr)
@@ -153,11 +156,15 @@ def converse(model, tokenizer, how):
 
 
 def main():
+    if sys.stdout is None:
+        fail('standard output is closed')
     if sys.stdin is None and (chat or '-' in (prompt, batch)):
         fail('standard input is closed')
     text = sys.stdin.read() if prompt == '-' and not batch and not chat else prompt
     if not text:
         fail('the prompt is empty; give some text to continue')
+    if any('\ud800' <= c <= '\udfff' for c in text):              # bytes that are no character
+        fail('the prompt is not UTF-8')
     check_range(globals(), 1, 2**20, 'num_samples', 'max_new_tokens', 'batch_size')
     check_range(globals(), 0, math.inf, 'temperature', 'top_k')
     check_range(globals(), 0, 2**63, 'seed')
@@ -171,6 +178,8 @@ def main():
         fail('--system is for --chat; a line of --batch may have it among its messages')
     try:
         prompts = read_batch(batch) if batch else [(text, None)]
+        if max(len(text) for text, _ in prompts) > 400_000:        # tiktoken panics at a million
+            fail('a prompt should have at most 400,000 characters')
         torch.zeros(1, device=device).item()
         generator = torch.Generator(device).manual_seed(seed)
         model, about = load_model(checkpoint, torch.device(device))
@@ -188,7 +197,9 @@ def main():
             converse(model, tokenizer, how | {'stop': [*stop, '\n\nUser:']})
         else:
             write(model, tokenizer, prompts, how | {'stop': stop, 'compiled': compile})
-    except FloatingPointError as e:
+    except UnicodeError:
+        raise                                                      # a ValueError as well; see below
+    except (FloatingPointError, ValueError) as e:
         fail(f'{about["path"]}: {e}')
 
 

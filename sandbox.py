@@ -3,13 +3,14 @@
     python sandbox.py < program.py          # exit code 0 if it ran to its end, and 1 if not
 
 It runs in a process of its own, in an empty folder that is deleted afterwards, for 3 seconds of CPU
-and 4 in all, with 2 GB of memory and files of 16 MB, none of your environment variables, and no
-input or output; then all that it started is killed. Where bubblewrap (bwrap) is installed, it has
-no network either, sees only its own processes, and cannot write files outside its folder (named
-sockets and pipes it can open, such as Docker's, if you can); with util-linux's unshare alone it can
-write what you can. Without both (macOS) it has your network as well, and a process it started may
-survive. It can read what you can read in each case; and it can say that it has run to its end when
-it has not, if it looks for the way: this catches accidents, not cheats. For more, use a container.
+and 4 in all, with 2 GB of memory a process and files of 16 MB, in 64 processes (of root, in any
+number), none of your environment variables, and no input or output; then all of them are killed.
+Where bubblewrap (bwrap) is installed, it has no network either, sees only its own processes, and
+cannot write files outside its folder (named sockets and pipes it can open, such as Docker's, if you
+can); with util-linux's unshare alone it can write what you can. Without both (macOS) it has your
+network as well, and a process it started may survive. It can read what you can read in each case;
+and it can say that it has run to its end when it has not, if it looks for the way: this catches
+accidents, not cheats. For more, use a container.
 """
 import json
 import math
@@ -25,8 +26,8 @@ from functools import lru_cache
 
 SECONDS, MEMORY, FILE_SIZE = 3.0, 2 << 30, 16 << 20        # lm-eval's code_eval also gives 3 s
 WRAPPERS = (
-    ('bwrap --ro-bind / / --dev /dev --proc /proc --bind {0} {0} --chdir {0} --unshare-all '
-     '--cap-drop ALL --die-with-parent --new-session'),
+    ('bwrap --ro-bind / / --dev /dev --size 16777216 --tmpfs /dev/shm --proc /proc --bind {0} {0} '
+     '--chdir {0} --unshare-all --cap-drop ALL --die-with-parent --new-session'),
     'unshare --user --map-root-user --net --ipc --pid --fork --kill-child')
 
 
@@ -106,7 +107,7 @@ class CodeEval:
 if __name__ == '__main__':
     if sys.argv[1:] == ['--child']:
         child()
-    elif sys.argv[1:] or sys.stdin.isatty():
+    elif sys.argv[1:] or sys.stdin is None or sys.stdin.isatty():
         print('sandbox.py: wants a program on standard input, and no argument', file=sys.stderr)
         sys.exit(2)
     elif not wrapper():

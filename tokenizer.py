@@ -103,8 +103,11 @@ def get_tokenizer(vocab_size=None):
     ranks = {bytes(map(to_byte.__getitem__, token)): i
              for token, i in content['model']['vocab'].items() if i > PAD_ID}
     assert all(bytes([b]) in ranks for b in range(256))         # so that any text can be encoded
-    return tiktoken.Encoding(f'deepseek-v3-{vocab_size or PADDED}', pat_str=PATTERN,
-                             mergeable_ranks=ranks, special_tokens=specials)
+    tokenizer = tiktoken.Encoding(f'deepseek-v3-{vocab_size or PADDED}', pat_str=PATTERN,
+                                  mergeable_ranks=ranks, special_tokens=specials)
+    # those that stand for no text; <think> and the like are added, but text
+    tokenizer.special_ids = {t['id'] for t in content['added_tokens'] if t['special']}
+    return tokenizer
 
 
 class OtherTokenizer:
@@ -119,23 +122,19 @@ class OtherTokenizer:
         except Exception as e:  # noqa: BLE001                     (its only kind)
             raise ValueError(f'{file}: {e}') from None
         self.tokenizer.encode_special_tokens = True             # text makes no special tokens
-        self.n_vocab = max(self.tokenizer.get_vocab().values()) + 1
+        self.n_vocab = max(self.tokenizer.get_vocab().values(), default=-1) + 1
+        self.special_ids = {i for i, token in self.tokenizer.get_added_tokens_decoder().items()
+                            if token.special}
 
     def encode_ordinary(self, text, add_special_tokens=True):
         # after a BOS, where there is one
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as e:  # noqa: BLE001                     (its only kind)
+            raise ValueError(f'its tokenizer cannot encode {text[:40]!r}: {e}') from None
 
     def decode(self, ids):
         return self.tokenizer.decode(ids)
-
-
-@lru_cache
-def special_ids(tokenizer):
-    """The ids of a tokenizer that stand for no text, as the end of a document."""
-    if isinstance(tokenizer, OtherTokenizer):
-        added = tokenizer.tokenizer.get_added_tokens_decoder()
-        return frozenset(i for i, token in added.items() if token.special)
-    return frozenset(map(tokenizer.encode_single_token, tokenizer.special_tokens_set))
 
 
 def tokenizer_of(checkpoint):

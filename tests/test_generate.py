@@ -172,6 +172,9 @@ def test_what_ends_a_continuation():
     pieces, row = told([*tokenizer.encode_ordinary('a\ufffd'), EOS_ID, b], [], tokenizer)
     assert row.text == 'a\ufffd' == ''.join(pieces) and row.finish == 'eos'
     assert told([a, b, a], [], tokenizer, (a, b))[1].ids == [a]   # several ids may end it
+    tokenizer = get_tokenizer()
+    ids = tokenizer.encode('<think>a', allowed_special='all')      # added, and yet text
+    assert len(ids) == 2 and told([*ids, 0], [], tokenizer)[1].text == '<think>a'
 
 
 # --- the script ---

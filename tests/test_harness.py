@@ -156,6 +156,7 @@ def test_chats_are_those_of_the_template(folder):
     said = [{'role': 'user', 'content': 'A'}, {'role': 'assistant', 'content': 'B'}]
     assert lm.apply_chat_template(said[:1]) == 'User: A\n\nAssistant:'
     assert lm.apply_chat_template(said, add_generation_prompt=False) == 'User: A\n\nAssistant: B'
+    assert lm.apply_chat_template(said[:1], add_generation_prompt=False) == 'User: A'
     assert lm.chat_template() is None and 'Assistant' in lm.chat_template(True)
     # no text before it: as if after the end of a document
     request = [lm_eval.api.instance.Instance('loglikelihood', {}, ('', 'import os'), 0)]
@@ -345,6 +346,23 @@ def test_a_yaml_that_cannot_be_read_is_named(copy, tmp_path):
     (tmp_path / 'mine.yaml').write_text('task: mine\n  dataset_path: json\n')
     line = refused(run('eval.py', copy, '--tasks=mine', f'--include_path={tmp_path}'))
     assert "'mine'" in line and f'{tmp_path}/mine.yaml cannot be read' in line
+
+
+def test_yaml_files_that_lm_eval_stumbles_over_are_one_line(copy, tmp_path):
+    (tmp_path / 'mine.yaml').write_text('task: 5\n')
+    line = refused(run('eval.py', copy, '--tasks=mine', f'--include_path={tmp_path}'))
+    assert f'include_path={tmp_path}' in line
+
+
+def test_sympy_runs_no_answer_as_python_unless_that_is_allowed(monkeypatch, tmp_path):
+    from sympy.parsing import sympy_parser
+    answer = f'open({str(tmp_path / "x")!r},"w").close()'
+    with script.no_parse_expr(), pytest.raises(ValueError, match='allow_code_execution'):
+        sympy_parser.parse_expr(answer)
+    assert not (tmp_path / 'x').exists()
+    monkeypatch.setattr(script, 'allow_code_execution', True)
+    with script.no_parse_expr():
+        assert sympy_parser.parse_expr('1 + 1') == 2
 
 
 @pytest.mark.parametrize('args, why', [

@@ -63,6 +63,8 @@ import ctypes
 ctypes.CDLL(None).mount(None, b'/', None, 32 | 4096, None)
 open({str(outside)!r}, 'w').write('x')
 ''') and not outside.exists()
+        assert not sandbox.passes('for n in range(9):\n'         # nor fill the memory there
+                                  '    open(f"/dev/shm/{n}", "wb").write(bytes(15 << 20))')
     with socket.create_server(('127.0.0.1', 0)) as server:
         port = server.getsockname()[1]
         connects = f'import socket; socket.create_connection(("127.0.0.1", {port}), 1)'

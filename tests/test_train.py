@@ -222,9 +222,9 @@ def exiting_config(path):
     return path
 
 
-def bare_weights(tiny_run, path):
+def bare_weights(tiny_run, path, **changed):
     """A checkpoint that says nothing of the data."""
-    torch.save(torch.load(tiny_run / 'step_20.pt', weights_only=True) | {'knobs': {}}, path)
+    torch.save(torch.load(tiny_run / 'step_20.pt') | {'knobs': {}} | changed, path)
     return path
 
 
@@ -303,8 +303,10 @@ WRONG = {   # name: (script, arguments from (tmp_path, tiny_run, data_dir), what
     'no run to score': ('eval.py', lambda t, r, d: [t], 'no checkpoint'),
     "Hugging Face's folder": ('eval.py', lambda t, r, d: [with_config_json(t / 'hf')],
                               f'--from_hf {os.sep}'),
+    'odd step': ('eval.py', lambda t, r, d: [bare_weights(r, t / 'w.pt', step='a')], 'w.pt'),
     'no such step': ('sample.py', lambda t, r, d: [r / 'step_7.pt'], 'there: 8, '),
-    'ruined weights': ('sample.py', lambda t, r, d: [ruined(r, t / 'w.pt')], 'are not finite'),
+    'ruined weights': ('sample.py', lambda t, r, d: [ruined(r, t / 'w.pt'), '--max_new_tokens=20'],
+                       'are not finite'),
     'system without chat': ('sample.py', lambda t, r, d: [r, '--system=S'], '--chat'),
     'weights alone': ('eval.py', lambda t, r, d: [bare_weights(r, t / 'w.pt')], 'no data sets'),
     'data in a file': ('eval.py', lambda t, r, d: [r, f'--data_dir={wrong_checkpoint(t / "f")}'],
