@@ -23,7 +23,7 @@ from tokenizer import BOS_ID, EOS_ID
 
 # what a file of bare weights, {'config': ..., 'model': ...}, is taken to hold besides
 BARE = {'knobs': {}, 'step': 0, 'tokens': 0, 'recent': [], 'watch': (-50, 0.0),
-        'optimizer': None, 'optimizer_states': [], 'fp8': None,
+        'optimizer': None, 'optimizer_state': {}, 'fp8': None,
         'bos_id': BOS_ID, 'eos_ids': [EOS_ID]}
 
 

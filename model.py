@@ -290,7 +290,7 @@ class Xmodel(nn.Module):
         return f'compiled loss {compiled:.4f}, eager {eager:.4f}{trouble}: going on in eager mode'
 
     def param_groups(self, weight_decay=0.1):
-        """Optimizer groups, by role: {params, role, parts, lr_knob, lr_mult, muon_lr_mult, ...}.
+        """Optimizer groups, by role: {params, names, role, parts, lr_knob, lr_mult, ...}.
 
         A group's learning rate is the knob `lr_knob` times `lr_mult` (or `muon_lr_mult`); its
         decoupled decay a step is that times `weight_decay`, so it falls with width on matrices,
@@ -299,8 +299,9 @@ class Xmodel(nn.Module):
         groups = {}
         for name, p in self.named_parameters():
             parts = getattr(self.get_submodule(name.rpartition('.')[0]), 'parts', None)
-            groups.setdefault((role_of(name), parts), []).append(p)
-        return [{'params': params, 'role': role, 'parts': parts,
+            groups.setdefault((role_of(name), parts), {})[name] = p
+        return [{'params': list(params.values()), 'names': list(params), 'role': role,
+                 'parts': parts,
                  'lr_knob': self.table[role].lr_knob, 'lr_mult': self.table[role].lr_mult,
                  'muon_lr_mult': self.table[role].muon_lr_mult,
                  'weight_decay': weight_decay if self.table[role].weight_decay else 0.0}

@@ -12,6 +12,12 @@ import functools
 import math
 
 import torch
+import torch.distributed as dist
+
+
+def ranks():
+    """(rank of this process, number of ranks)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 @functools.cache
@@ -55,37 +61,124 @@ class Muon(torch.optim.Optimizer):
     Xmodel-2.5's own decay used 1/m, Adam's rule; its searches with Muon alone, 1/sqrt(m).
     Weights of one shape are stacked and orthogonalised together. A fused weight (qkv, gate-up) is
     one matrix, as in Xmodel-2.5's code; split=True takes its group's `parts` (rows, ...) singly.
+
+    Of several ranks each has its own matrices, with about the same FLOPs: it alone keeps their
+    momentum and orthogonalises them. The others get U Vᵀ, while they are busy with the matrices of
+    the next shape; then every rank takes the same step.
     """
+
+    kept = ('momentum_buffer',)                               # state that is as large as a weight
 
     def __init__(self, params, lr=0.01, momentum=0.95, weight_decay=0.1, split=False):
         super().__init__(params, {'lr': lr, 'momentum': momentum, 'weight_decay': weight_decay,
                                   'split': split, 'parts': None})
+        # the costliest first, to the rank that has the least to do (Graham 1969)
+        matrices = [p for group in self.param_groups for p in group['params']]
+        loads, self.owner = [0] * ranks()[1], {}
+        for p in sorted(matrices, key=lambda p: -min(p.shape) * p.numel()):     # FLOPs ~ X Xᵀ
+            self.owner[p] = loads.index(min(loads))
+            loads[self.owner[p]] += min(p.shape) * p.numel()
+
+    def part_of(self, p, t):
+        """What this rank keeps of t, a tensor of the shape of the weight p: all, or nothing."""
+        return t if self.owner[p] == ranks()[0] else None
 
     @torch.no_grad()
     def step(self):
+        sent = None
         for group in self.param_groups:
             by_shape = {}
             for p in group['params']:
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
-            for (rows, _), ps in by_shape.items():
-                parts = group['split'] and group['parts'] or (rows,)
-                self.step_same_shape(ps, parts, group['lr'], group['momentum'],
-                                     group['weight_decay'])
+            for ps in by_shape.values():
+                sending = group, ps, list(self.orthogonalise(group, ps))
+                if sent:
+                    self.move(*sent)
+                sent = sending
+        if sent:
+            self.move(*sent)
 
-    def step_same_shape(self, ps, parts, lr, momentum, weight_decay):
+    def orthogonalise(self, group, ps):
+        """Yield for each rank (its weights among ps, their U Vᵀ, what to wait for or None)."""
+        (rank, world), parts = ranks(), self.parts_of(group, ps)
+        dtype = torch.bfloat16 if has_bf16(ps[0].device.type) else torch.float32
+        for r in range(world):
+            share = [p for p in ps if self.owner[p] == r]
+            if not share:
+                continue
+            if r == rank:
+                u = self.momentum(share, group['momentum'])       # (len(share), rows, cols)
+                X = torch.cat([zeropower_via_newtonschulz5(part) for part in u.split(parts, dim=1)],
+                              dim=1)
+            else:
+                X = torch.empty(len(share), *ps[0].shape, dtype=dtype, device=ps[0].device)
+            yield share, X, dist.broadcast(X, r, async_op=True) if world > 1 else None
+
+    def parts_of(self, group, ps):
+        return group['split'] and group['parts'] or (len(ps[0]),)
+
+    def momentum(self, ps, momentum):
+        """Add the gradients to the momentum of weights of one shape; returns u, stacked."""
         for p in ps:
             if not self.state[p]:
                 self.state[p]['momentum_buffer'] = torch.zeros_like(p)
         grads, bufs = [p.grad for p in ps], [self.state[p]['momentum_buffer'] for p in ps]
         torch._foreach_mul_(bufs, momentum)
         torch._foreach_add_(bufs, grads)
-        u = torch.stack(torch._foreach_add(grads, bufs, alpha=momentum))    # (len(ps), rows, cols)
-        torch._foreach_mul_(ps, 1 - lr * weight_decay)
-        update = torch.cat([zeropower_via_newtonschulz5(part).to(u.dtype)
-                            * (0.2 * math.sqrt(max(part.shape[1:])))
-                            for part in u.split(parts, dim=1)], dim=1)      # (len(ps), rows, cols)
-        torch._foreach_sub_(ps, update.unbind(), alpha=lr)
+        return torch.stack(torch._foreach_add(grads, bufs, alpha=momentum))
+
+    def move(self, group, ps, received):
+        """Step the weights ps along what `orthogonalise` yielded for them."""
+        cols = ps[0].size(1)
+        scale = torch.cat([torch.full((rows, 1), 0.2 * math.sqrt(max(rows, cols)),
+                                      device=ps[0].device) for rows in self.parts_of(group, ps)])
+        for share, X, work in received:
+            if work:
+                work.wait()
+            torch._foreach_mul_(share, 1 - group['lr'] * group['weight_decay'])
+            torch._foreach_sub_(share, (X.to(ps[0].dtype) * scale).unbind(), alpha=group['lr'])
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, which treats every number alone; so each rank steps an equal part of the rows.
+
+    A rank keeps moments for its part of each tensor; after the step all ranks exchange their parts.
+    """
+
+    kept = ('exp_avg', 'exp_avg_sq')
+
+    def __init__(self, groups, betas):
+        # parts, which share the memory of the whole, are what torch's AdamW sees
+        super().__init__([g | {'params': [self.part_of(p, p.detach()) for p in g['params']],
+                               'whole': g['params']} for g in groups],
+                         betas=betas, eps=1e-8, fused=True)
+
+    def part_of(self, p, t):
+        """What this rank keeps of t, a tensor of the shape of the parameter p: some rows."""
+        rank, world = ranks()
+        return t.tensor_split(world)[rank]
+
+    def zero_grad(self):
+        for group in self.param_groups:
+            for part, p in zip(group['params'], group['whole']):
+                part.grad = p.grad = None
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for part, p in zip(group['params'], group['whole']):
+                part.grad = None if p.grad is None else self.part_of(p, p.grad)
+        super().step()
+        world = ranks()[1]
+        whole = [p.detach() for group in self.param_groups for p in group['whole']]
+        for r in range(world) if world > 1 else ():                # one message a rank
+            parts = [p.tensor_split(world)[r] for p in whole]
+            flat = torch.cat([part.flatten() for part in parts])
+            dist.broadcast(flat, r)
+            torch._foreach_copy_(parts, [
+                new.view_as(part) for new, part in zip(flat.split([part.numel() for part in parts]),
+                                                       parts)])
 
 
 def make_optimizers(kind, groups, betas=(0.9, 0.95), momentum=0.95, split=False):
@@ -94,14 +187,12 @@ def make_optimizers(kind, groups, betas=(0.9, 0.95), momentum=0.95, split=False)
     Muon gets the matrices of the blocks. The embedding, whose rows are looked up one by one, and
     the norm gains, which are vectors, keep AdamW.
     """
-    def adamw(groups):
-        return torch.optim.AdamW(groups, betas=betas, eps=1e-8, fused=True)
     if kind == 'adamw':
-        return [adamw(groups)]
+        return [AdamW(groups, betas)]
     matrices = [g | {'lr_mult': g['muon_lr_mult']} for g in groups
                 if g['role'] in ('matrix', 'branch_out')]
     rest = [g for g in groups if g['role'] not in ('matrix', 'branch_out')]
-    return [Muon(matrices, momentum=momentum, split=split), adamw(rest)]
+    return [Muon(matrices, momentum=momentum, split=split), AdamW(rest, betas)]
 
 
 def step_all(optimizers, lrs):
@@ -111,6 +202,48 @@ def step_all(optimizers, lrs):
             group['lr'] = lrs[group['lr_knob']] * group['lr_mult']
         optimizer.step()
         optimizer.zero_grad()
+
+
+# --------------------------------------------------------------------------------------------------
+# State in checkpoints: in full and by name, so that it does not matter how many ranks there are
+
+def parameters_of(optimizers):
+    """Yield (optimizer, name, parameter, what of it the optimizer steps)."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            whole = group.get('whole', group['params'])
+            for name, p, part in zip(group['names'], whole, group['params']):
+                yield optimizer, name, p, part
+
+
+@torch.no_grad()
+def gather_state(optimizers):
+    """{name: {'exp_avg': whole tensor, ...}} on rank 0, on the CPU; all ranks have to call it."""
+    found, (rank, world) = {}, ranks()
+    for optimizer, name, p, part in parameters_of(optimizers):
+        state = optimizer.state.get(part, {})
+        found[name] = {'step': state['step'].cpu()} if 'step' in state else {}
+        for key in optimizer.kept:
+            whole = torch.zeros_like(p)
+            if key in state:
+                optimizer.part_of(p, whole).copy_(state[key])
+            if world > 1:
+                dist.reduce(whole, 0)                              # the others have zeros there
+            if rank == 0:
+                found[name][key] = whole.cpu()
+    return found
+
+
+@torch.no_grad()
+def load_state(optimizers, state):
+    """Take this rank's parts of what gather_state gave, with whatever number of ranks."""
+    for optimizer, name, p, part in parameters_of(optimizers):
+        mine = {key: optimizer.part_of(p, whole) for key, whole in state[name].items()
+                if key in optimizer.kept}
+        if None not in mine.values():
+            optimizer.state[part] = {key: t.to(p.device, copy=True) for key, t in mine.items()}
+            if 'step' in state[name]:
+                optimizer.state[part]['step'] = state[name]['step'].to(p.device, copy=True)
 
 
 if __name__ == '__main__':

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -40,7 +41,7 @@ from configurator import check_range, configure, fail, knob_values
 from data_prep import get_batch, get_windows, open_data, prepare_missing, windows_before
 from fp8 import E4M3, E5M2, convert_to_float8
 from model import Xmodel, XmodelConfig
-from muon import has_bf16, make_optimizers, step_all
+from muon import gather_state, has_bf16, load_state, make_optimizers, step_all
 
 # --- run ---
 out_dir = 'out/run'           # folder of this run; never overwrites another's
@@ -84,6 +85,7 @@ muon_lr_scaling = '1/sqrt(m)'  # '1/m' | '1/sqrt(m)' | 'const': Muon's learning 
 phases = []                   # keys: see check_phases
 steps_scale = 1.0             # multiplies every phase's steps and warmup, to try a run in small
 micro_batch_tokens = 4096     # most tokens in one forward pass of one rank; the rest accumulates
+reduce_dtype = 'float32'      # 'float32' | 'bfloat16': in which ranks add up their gradients
 # --- optimizer ---
 learning_rate = 0.01          # what 1 in a phase's lr means, at the base width (µP scales it)
 embedding_lr = 0.01           # the same for the tied embedding; unused with mup_rules='sp'
@@ -104,9 +106,9 @@ reference_margin = 0.2        # nats above it from which validations say so
 
 # knobs that --resume lets change, since they do not decide what is learned; all others it refuses
 FREE = {'out_dir', 'resume', 'init_from', 'init_step', 'device', 'dtype', 'compile', 'data_dir',
-        'sources', 'micro_batch_tokens', 'log_interval', 'eval_interval', 'eval_rows',
-        'checkpoint_interval', 'keep', 'reference', 'reference_margin', 'fp8_monitor',
-        'activation_checkpointing'}
+        'sources', 'micro_batch_tokens', 'reduce_dtype', 'log_interval', 'eval_interval',
+        'eval_rows', 'checkpoint_interval', 'keep', 'reference', 'reference_margin',
+        'fp8_monitor', 'activation_checkpointing'}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -346,6 +348,9 @@ def main(defaults):
 
     # --- the loop ---
     net = DistributedDataParallel(model) if world > 1 else model
+    if world > 1 and reduce_dtype == 'bfloat16':
+        # in a lambda, as DDP takes it by its own name with NCCL alone, though gloo can do it, too
+        net.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
     bar = tqdm(total=total, initial=step, unit='step', disable=True if rank else None)
     ends = list(itertools.accumulate(phase['steps'] for phase in phases))
     phase, compiled, skipped, speed = None, None, 0, []          # speed: FLOP/s of steps
@@ -360,9 +365,7 @@ def main(defaults):
                 optimizers = make_optimizers(phase['optimizer'], model.param_groups(weight_decay),
                                              (beta1, beta2), momentum, muon_split)
                 if kind == phase['optimizer']:
-                    for optimizer, old in zip(optimizers, start.pop('optimizer_states')):
-                        # the moments; betas, decay and so on are this run's
-                        optimizer.load_state_dict(optimizer.state_dict() | {'state': old['state']})
+                    load_state(optimizers, start.pop('optimizer_state'))
                 elif kind:
                     note = f'optimizer {kind} -> {phase["optimizer"]}, with fresh state'
                     # a spike: ten losses (so not two of a new mixture) 4 deviations up
@@ -468,11 +471,13 @@ def main(defaults):
                      f'finite: {what}; try a lower learning_rate')
 
         # --- checkpoint ---
+        if step % checkpoint_interval == 0 or phase_ends:
+            moments = gather_state(optimizers)                   # from all ranks
         if rank == 0 and (step % checkpoint_interval == 0 or phase_ends):
             state = {'model': model.state_dict(), 'config': asdict(config), 'step': step,
                      'tokens': tokens, 'recent': recent, 'watch': watch,
                      'knobs': knobs, 'optimizer': kind, 'fp8': scaling and scaling.state_dict(),
-                     'optimizer_states': [o.state_dict() for o in optimizers]}
+                     'optimizer_state': moments}
             replace_file(run / f'step_{step}.pt', lambda f: torch.save(state, f))  # noqa: B023
             prune(run, keep, ends)
     bar.close()

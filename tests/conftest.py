@@ -6,6 +6,7 @@ import os
 os.environ.setdefault('OMP_NUM_THREADS', '1')     # before torch: two test processes share two cores
 
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -37,8 +38,9 @@ SERVER = multiprocessing.get_context('forkserver')
 SERVER.set_forkserver_preload(['torch', 'numpy', 'tiktoken', 'tqdm', 'lm_eval.evaluator'])
 
 
-def be(argv, cwd, files):
+def be(argv, cwd, files, env=()):
     """Turn this process into `python *argv` with these files as stdin, stdout, stderr."""
+    os.environ.update(env)
     for n, file in enumerate(files):
         os.dup2(os.open(file, os.O_RDWR), n)
     sys.stdin, sys.argv, sys.path[0] = os.fdopen(0), argv, str(ROOT)
@@ -61,6 +63,29 @@ def run(script, *args, cwd=ROOT, stdin='', preexec_fn=None):
         process.join()
         return subprocess.CompletedProcess(argv, process.exitcode,
                                            *(file.read_text() for file in files[1:]))
+
+
+def run_ranks(world, script, *args):
+    """The finished processes of `torchrun --nproc_per_node=world script args`, by rank."""
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        port = server.getsockname()[1]
+    argv = [str(ROOT / script), *map(str, args)]
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        for rank in range(world):
+            files = [Path(folder, f'{rank}{name}') for name in ('stdin', 'stdout', 'stderr')]
+            for file in files:
+                file.write_text('')
+            env = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': world,
+                   'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+            processes.append((files, SERVER.Process(target=be, args=(
+                argv, ROOT, files, {key: str(value) for key, value in env.items()}))))
+            processes[-1][1].start()
+        for _, process in processes:
+            process.join()
+        return [subprocess.CompletedProcess(argv, process.exitcode,
+                                            *(file.read_text() for file in files[1:]))
+                for files, process in processes]
 
 
 def refused(process):

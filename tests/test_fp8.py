@@ -617,7 +617,7 @@ def test_monitoring_changes_nothing_and_watches_logged_steps_alone(tiny, tmp_pat
     assert [s['watched'] for s in seen] == 4 * [True, False, False, False, False]
     assert all(s['checkpointing'] for s in seen)
     plain, watched = (read_checkpoint(tmp_path / name) for name in ('plain', 'watched'))
-    for key in ('model', 'fp8', 'optimizer_states', 'recent'):   # nor did the trials leave a trace
+    for key in ('model', 'fp8', 'optimizer_state', 'recent'):   # nor did the trials leave a trace
         assert same(plain[key], watched[key]), key
     reports = {line['step']: line['fp8'] for line in log(tmp_path / 'watched') if 'fp8' in line}
     assert list(reports) == [0, 5, 10, 15] and list(reports[5]) == list(fp8.ROLES)

@@ -127,7 +127,8 @@ def test_make_optimizers(kind):
     seen = []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            names = [name_of[p] for p in group['params']]
+            names = [name_of[p] for p in group.get('whole', group['params'])]
+            assert names == group['names']
             seen += names
             assert all((name in by_muon) == isinstance(optimizer, Muon) for name in names)
             assert group['weight_decay'] == (0.0 if 'norm' in names[0] else 0.1)

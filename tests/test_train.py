@@ -57,7 +57,7 @@ def test_a_killed_run_resumes_bit_for_bit(tiny_run, tiny, tmp_path, kill_after):
     assert done.returncode == 0, done.stderr
     assert log(folder) == log(tiny_run)
     ours, unbroken = (read_checkpoint(f) for f in (folder, tiny_run))
-    for key in ('model', 'optimizer_states', 'step', 'tokens', 'recent'):
+    for key in ('model', 'optimizer_state', 'step', 'tokens', 'recent'):
         assert same(ours[key], unbroken[key]), key
 
 
@@ -101,8 +101,8 @@ def test_the_decay_alone_with_another_optimizer_and_the_stable_phase_extended(
     assert done.returncode == 0, done.stderr
     ours, theirs = log(tmp_path / 'adamw')[0], log(tiny_run)[8]
     assert ours['loss'] == theirs['loss'] and 'note' not in ours
-    state = read_checkpoint(tmp_path / 'adamw' / 'step_16.pt')['optimizer_states']
-    assert len(state) == 1 and state[0]['state'][0]['step'] == 16
+    state = read_checkpoint(tmp_path / 'adamw' / 'step_16.pt')['optimizer_state']
+    assert {(len(s), s['step'].item()) for s in state.values()} == {(3, 16.0)}
     # a longer stable phase
     run('train.py', *tiny, start, f'--out_dir={tmp_path / "longer"}', '--phases.stable.steps=12',
         '--phases.decay.steps=0', '--phases.long.steps=0')
