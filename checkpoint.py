@@ -1,18 +1,25 @@
 """The files of a run: written whole or not at all, read without running what is in them.
 
 A checkpoint out/RUN/step_N.pt is a dict of tensors and plain Python values, after N steps: model,
-optimizer states, config, knobs, step, tokens. It is read with weights_only, so that a foreign file
-cannot bring code along.
+optimizer state, config, knobs, step, tokens, and what made it. It is read with weights_only, so
+that a foreign file cannot bring code along, and only if its checksums are right: torch.save writes
+a zip file, which has one for each tensor.
 
     python checkpoint.py out/RUN                   # what is in the newest checkpoint of a run
 """
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
 import json
 import math
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -23,7 +30,7 @@ from tokenizer import BOS_ID, EOS_ID
 
 # what a file of bare weights, {'config': ..., 'model': ...}, is taken to hold besides
 BARE = {'knobs': {}, 'step': 0, 'tokens': 0, 'recent': [], 'watch': (-50, 0.0),
-        'optimizer': None, 'optimizer_state': {}, 'fp8': None,
+        'optimizer': None, 'optimizer_state': {}, 'fp8': None, 'made_by': {},
         'bos_id': BOS_ID, 'eos_ids': [EOS_ID]}
 
 
@@ -43,6 +50,32 @@ def replace_file(path, write):
         raise OSError(cause.errno, cause.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def damaged(path):
+    """Whether a zip file, as torch.save writes it, is cut off or differs from its checksums."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is not None
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError):
+        return True
+
+
+def write_checkpoint(path, state):
+    """Write the dict `state` as the file `path`, which is there only once it has been read back."""
+    def write(f):
+        torch.save(state, f)
+        f.flush()
+        if damaged(f.name):
+            raise OSError(errno.EIO, 'what was written does not read back')
+
+    tensors = [t for part in (state['model'], *state['optimizer_state'].values())
+               for t in part.values()]
+    need, free = sum(t.nbytes for t in tensors), shutil.disk_usage(path.parent).free
+    if need > free:
+        raise OSError(errno.ENOSPC, f'No space left on device ({need / 1e9:.3g} GB are wanted, '
+                                    f'{free / 1e9:.3g} GB free)', str(path))
+    replace_file(path, write)
 
 
 def checkpoints(run):
@@ -69,6 +102,9 @@ def read_checkpoint(path):
         raise ValueError(f'{path} does not exist; ' + (
             f'N of step_N.pt there: {there}' if there else
             'a checkpoint is a file out/RUN/step_N.pt'))
+    if damaged(path):
+        raise ValueError(f'{path} is not a checkpoint of train.py, or is damaged: its checksums '
+                         'are not right')
     try:
         # mapped, so that the moments of the optimizer are read only where they are wanted
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
@@ -117,12 +153,44 @@ def read_log(run):
     return entries or fail(f'{log} holds no step yet')
 
 
+def take_folder(run):
+    """Make the run's folder, for this process alone; one line if another process trains there.
+
+    Returns the file to keep open. The lock goes when the process does, in whatever way.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    file = open(run / 'lock', 'a+')  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        fail(f'{run} is in use by {file.read().strip() or "another process"}')
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+    file.flush()
+    for temporary in run.glob('*.tmp'):                            # of a process that was killed
+        temporary.unlink()
+    return file
+
+
+def made_by():
+    """What decides a run beside its knobs and data: code and packages."""
+    here, code = Path(__file__).parent, hashlib.sha256()
+    for name in ('train', 'model', 'muon', 'fp8', 'data_prep', 'tokenizer'):
+        code.update((here / f'{name}.py').read_bytes())
+    commit = shutil.which('git') and subprocess.run(
+        ['git', 'rev-parse', 'HEAD'], cwd=here, capture_output=True, text=True,
+        check=False).stdout.strip()
+    return {'code': code.hexdigest()[:16], 'git_commit': commit,
+            'python': sys.version.split()[0],
+            **{name: importlib.metadata.version(name) for name in ('torch', 'numpy', 'tiktoken')}}
+
+
 def begin_folder(run, step, about):
-    """Make the run's folder, keep of its log the lines before `step`, write run.json.
+    """Keep of the run's log the lines before `step`, write run.json.
 
     A log that would lose lines though there was no checkpoint to go on from is kept as log.old.
     """
-    run.mkdir(parents=True, exist_ok=True)
     log, kept = run / 'log.jsonl', []
     if log.exists() and step:
         for line in log.read_text().splitlines(keepends=True):
@@ -132,10 +200,6 @@ def begin_folder(run, step, about):
     elif log.exists():
         os.replace(log, run / 'log.old')
     replace_file(log, lambda f: f.write(''.join(kept).encode()))
-    commit = shutil.which('git') and subprocess.run(
-        ['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True,
-        check=False).stdout.strip()
-    about |= {'git_commit': commit, 'python': sys.version.split()[0], 'torch': torch.__version__}
     replace_file(run / 'run.json', lambda f: f.write(json.dumps(about, indent=1).encode()))
 
 

@@ -15,9 +15,11 @@ import json
 import math
 import os
 import shutil
+import signal
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -32,10 +34,12 @@ from checkpoint import (
     begin_folder,
     changes,
     checkpoints,
+    made_by,
     prune,
     read_checkpoint,
     read_log,
-    replace_file,
+    take_folder,
+    write_checkpoint,
 )
 from configurator import check_range, configure, fail, knob_values
 from data_prep import get_batch, get_windows, open_data, prepare_missing, windows_before
@@ -213,6 +217,12 @@ def reference_gap(proxy, recent, tokens, step_tokens):
     return statistics.fmean(recent) - statistics.fmean(theirs) if theirs else None
 
 
+def keep_checkpoint(path, state, ends):
+    """Write a checkpoint; then delete those before it that are no longer to be kept."""
+    write_checkpoint(path, state)
+    prune(path.parent, keep, ends)
+
+
 def model_config(knobs):
     """The XmodelConfig of these knobs; ValueError where no such model can be."""
     shape = {f.name: knobs[f.name] for f in fields(XmodelConfig) if f.name in knobs}
@@ -297,6 +307,8 @@ def main(defaults):
                      f'--init_from={start["path"]} --out_dir=NEW')
             if not line.startswith('resume:'):
                 say(f'resume: {line}')
+        for line in changes(start['made_by'], made_by()) if resuming and start['made_by'] else ():
+            say(f'resume: {line}')
         model.load_state_dict(start.pop('model'))
         step = start['step'] if resuming or init_step < 0 else init_step
         if step == start['step']:
@@ -317,9 +329,10 @@ def main(defaults):
                 start['knobs']['fp8_amax_history_len']:          # else a new history begins
             scaling.load_state_dict(start['fp8'])
     if rank == 0:
+        lock = take_folder(run)  # noqa: F841                    (kept open to the end)
         begin_folder(run, step if resuming else 0, {
             'knobs': knobs, 'first_step': step, 'argv': sys.argv, 'device': str(where),
-            'bf16': bf16, 'ranks': world, 'threads': torch.get_num_threads()})
+            'bf16': bf16, 'ranks': world, 'threads': torch.get_num_threads(), **made_by()})
 
     # --- the table of what is going to happen ---
     size = [phase['steps'] * phase['batch'] * phase['block_size'] for phase in phases]  # in tokens
@@ -354,6 +367,30 @@ def main(defaults):
     bar = tqdm(total=total, initial=step, unit='step', disable=True if rank else None)
     ends = list(itertools.accumulate(phase['steps'] for phase in phases))
     phase, compiled, skipped, speed = None, None, 0, []          # speed: FLOP/s of steps
+    signals, writer, writing, saved = [], ThreadPoolExecutor(1), None, step
+
+    def save():
+        """Write a checkpoint, from a copy, while training goes on; first the last one has to be."""
+        nonlocal writing, saved
+        saved = step
+        moments = gather_state(optimizers)                       # from all ranks
+        if rank == 0:
+            state = {'model': {k: t.to('cpu', copy=True) for k, t in model.state_dict().items()},
+                     'config': asdict(config), 'step': step, 'tokens': tokens, 'recent': recent,
+                     'watch': watch, 'knobs': knobs, 'made_by': made_by(), 'optimizer': kind,
+                     'fp8': scaling and copy.deepcopy(scaling.state_dict()),
+                     'optimizer_state': moments}
+            if writing:
+                writing.result()
+            writing = writer.submit(keep_checkpoint, run / f'step_{step}.pt', state, ends)
+
+    def on_signal(number, _):
+        if number == signal.SIGINT and signals and time.time() - signals[0][1] > 1:
+            raise KeyboardInterrupt                              # Ctrl-C for the second time
+        signals.append((number, time.time()))
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
     while step < total:
         if phase is not phase_at(step)[0]:                       # a phase begins, or this run does
             phase, first = phase_at(step)
@@ -378,9 +415,13 @@ def main(defaults):
         row = (step - first) * phase['batch'] + rank * share
         micro = [get_batch(data, phase['data'], range(r, r + rows), T, seed, drawn, completion_only)
                  for r in range(row, row + share, rows)]
-        targets = torch.tensor(float(sum(int((y >= 0).sum()) for _, y in micro)), device=where)
+        counts = torch.tensor([float(sum(int((y >= 0).sum()) for _, y in micro)),
+                               float(len(signals))], device=where)
         if world > 1:
-            dist.all_reduce(targets)
+            dist.all_reduce(counts)
+        targets, signalled = counts
+        if signalled:                                            # some rank is to end
+            break
         graph = rows, T, scaling and scaling.own_amax
         if compiling and graph != compiled:
             say(model.try_compiled(*(t.to(where) for t in micro[0]), autocast))
@@ -472,18 +513,22 @@ def main(defaults):
 
         # --- checkpoint ---
         if step % checkpoint_interval == 0 or phase_ends:
-            moments = gather_state(optimizers)                   # from all ranks
-        if rank == 0 and (step % checkpoint_interval == 0 or phase_ends):
-            state = {'model': model.state_dict(), 'config': asdict(config), 'step': step,
-                     'tokens': tokens, 'recent': recent, 'watch': watch,
-                     'knobs': knobs, 'optimizer': kind, 'fp8': scaling and scaling.state_dict(),
-                     'optimizer_state': moments}
-            replace_file(run / f'step_{step}.pt', lambda f: torch.save(state, f))  # noqa: B023
-            prune(run, keep, ends)
+            save()
+        if writing and writing.done():
+            writing.result()                                     # which raises what went wrong
+    if step != saved:
+        save()
     bar.close()
-    say(f'done: {checkpoints(run)[-1]}; python sample.py {run} --prompt="def fib(n):"')
+    if writing:
+        writing.result()
     if world > 1:
         dist.destroy_process_group()
+    if step < total:
+        number = signals[0][0] if signals else signal.SIGTERM
+        say(f'stopped by {signal.Signals(number).name} at step {step}, which is saved: --resume '
+            'goes on')
+        sys.exit(128 + number)
+    say(f'done: {checkpoints(run)[-1]}; python sample.py {run} --prompt="def fib(n):"')
 
 
 if __name__ == '__main__':

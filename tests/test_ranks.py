@@ -1,11 +1,13 @@
 """Training on several ranks: as on one, with the optimizer's state spread over them."""
 import functools
 import json
+import signal
 import socket
 
 import pytest
 import torch
-from conftest import SERVER, log, run_ranks
+from conftest import ROOT, SERVER, log, run_ranks
+from test_train import stop
 
 import muon
 from checkpoint import read_checkpoint
@@ -50,6 +52,17 @@ def test_ranks_train_as_one(trained, world, more):
 def test_a_run_goes_on_with_another_number_of_ranks(trained, before, after):
     at = trained(before) / 'step_36.pt'                          # in the midst of Muon's phase
     agree(trained(after, f'--init_from={at}'), trained(1), first=36)
+
+
+def test_a_signal_to_torchrun_ends_all_ranks_after_a_checkpoint(tiny, trained, tmp_path):
+    args = [*tiny, *CURRICULUM, f'--out_dir={tmp_path / "run"}']
+    code, told = stop(['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+                       ROOT / 'train.py', *args], 'step 30/60', signal.SIGTERM)
+    step = len(log(tmp_path / 'run'))
+    assert code and 30 <= step < 60 and f'at step {step}, which is saved' in told
+    done = run_ranks(2, 'train.py', *args, '--resume')
+    assert all(process.returncode == 0 for process in done), done[0].stderr
+    agree(tmp_path / 'run', trained(1))
 
 
 def test_ranks_with_fp8_train_as_one_until_a_number_is_rounded_the_other_way(trained):
