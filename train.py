@@ -10,6 +10,7 @@ A config file and then --key=value override the knobs below; --phases.NAME.KEY=v
 the curriculum. What a run writes is in out_dir: log.jsonl, run.json and checkpoints, step_N.pt.
 """
 import copy
+import faulthandler
 import itertools
 import json
 import math
@@ -105,14 +106,15 @@ eval_interval = 100           # steps between validations; each phase's end has 
 eval_rows = 16                # rows of each validation set
 checkpoint_interval = 100     # steps between checkpoints; each phase's end has one as well
 keep = 2                      # checkpoints to keep besides those of phase ends
+hang_seconds = 1800           # a rank that does not come on for so long ends, with its stack
 reference = ''                # another run's folder, as the proxy's, to compare losses with
 reference_margin = 0.2        # nats above it from which validations say so
 
 # knobs that --resume lets change, since they do not decide what is learned; all others it refuses
 FREE = {'out_dir', 'resume', 'init_from', 'init_step', 'device', 'dtype', 'compile', 'data_dir',
         'sources', 'micro_batch_tokens', 'reduce_dtype', 'log_interval', 'eval_interval',
-        'eval_rows', 'checkpoint_interval', 'keep', 'reference', 'reference_margin',
-        'fp8_monitor', 'activation_checkpointing'}
+        'eval_rows', 'checkpoint_interval', 'keep', 'hang_seconds', 'reference',
+        'reference_margin', 'fp8_monitor', 'activation_checkpointing'}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -234,6 +236,7 @@ def main(defaults):
     check_range(globals(), 1, 2**63, 'log_interval', 'eval_interval', 'eval_rows',
                 'checkpoint_interval', 'micro_batch_tokens')
     check_range(globals(), 1, 2**16, 'fp8_amax_history_len')
+    check_range(globals(), 1, 2**22, 'hang_seconds')
     check_range(globals(), 0, 2**63, 'seed', 'steps_scale', 'learning_rate', 'embedding_lr',
                 'weight_decay', 'grad_clip', 'keep', 'reference_margin')
     check_range(globals(), -16, 17, 'fp8_margin')
@@ -392,6 +395,9 @@ def main(defaults):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     while step < total:
+        # A hang ends the job: torchrun ends the others and names the rank. Whoever waits for others
+        # waits twice as long, so that this is the one that hangs.
+        faulthandler.dump_traceback_later(hang_seconds, exit=True)
         if phase is not phase_at(step)[0]:                       # a phase begins, or this run does
             phase, first = phase_at(step)
             T, share = phase['block_size'], phase['batch'] // world
@@ -417,6 +423,7 @@ def main(defaults):
                  for r in range(row, row + share, rows)]
         counts = torch.tensor([float(sum(int((y >= 0).sum()) for _, y in micro)),
                                float(len(signals))], device=where)
+        faulthandler.dump_traceback_later(2 * hang_seconds, exit=True)
         if world > 1:
             dist.all_reduce(counts)
         targets, signalled = counts
@@ -518,6 +525,7 @@ def main(defaults):
             writing.result()                                     # which raises what went wrong
     if step != saved:
         save()
+    faulthandler.cancel_dump_traceback_later()
     bar.close()
     if writing:
         writing.result()

@@ -1,8 +1,13 @@
 """Training on several ranks: as on one, with the optimizer's state spread over them."""
 import functools
 import json
+import os
+import re
 import signal
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +65,45 @@ def test_a_signal_to_torchrun_ends_all_ranks_after_a_checkpoint(tiny, trained, t
                        ROOT / 'train.py', *args], 'step 30/60', signal.SIGTERM)
     step = len(log(tmp_path / 'run'))
     assert code and 30 <= step < 60 and f'at step {step}, which is saved' in told
+    done = run_ranks(2, 'train.py', *args, '--resume')
+    assert all(process.returncode == 0 for process in done), done[0].stderr
+    agree(tmp_path / 'run', trained(1))
+
+
+def test_a_rank_that_hangs_ends_with_its_stack(tiny, tmp_path):
+    config = tmp_path / 'hang.py'
+    config.write_text("""
+import os, sys, threading
+_main = sys.modules['__main__']
+_get_batch = _main.get_batch
+def _hang(data, weights, rows, *rest):
+    if os.environ['RANK'] == '1' and rows[0] == 22:
+        threading.Event().wait()
+    return _get_batch(data, weights, rows, *rest)
+_main.get_batch = _hang
+""")
+    done = run_ranks(2, 'train.py', *tiny, config, *CURRICULUM, '--hang_seconds=5',
+                     f'--out_dir={tmp_path / "run"}')
+    assert done[0].returncode and done[1].returncode
+    assert 'Timeout' in done[1].stderr and 'in _hang' in done[1].stderr
+    assert 'Timeout' not in done[0].stderr                       # it waits longer
+    assert len(log(tmp_path / 'run')) == 5
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='finds the ranks in /proc')
+def test_a_rank_that_is_killed_ends_the_job_and_is_named(tiny, trained, tmp_path):
+    args = [*tiny, *CURRICULUM, '--checkpoint_interval=10', f'--out_dir={tmp_path / "run"}']
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+         str(ROOT / 'train.py'), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith('step 30/60'):
+            break
+    for pid in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split():
+        if b'\0RANK=1\0' in Path(f'/proc/{pid}/environ').read_bytes():
+            os.kill(int(pid), signal.SIGKILL)
+    told = process.communicate()[1]
+    assert process.returncode and re.search(r'rank +: 1 .*\n *exitcode +: -9', told)
     done = run_ranks(2, 'train.py', *args, '--resume')
     assert all(process.returncode == 0 for process in done), done[0].stderr
     agree(tmp_path / 'run', trained(1))

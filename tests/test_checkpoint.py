@@ -1,0 +1,57 @@
+"""checkpoint.py: what is written is whole, or is not there; what is read is as it was written."""
+import errno
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import checkpoint
+
+STATE = {'model': {'w': torch.arange(1000.0)}, 'optimizer_state': {'w': {'m': torch.ones(1000)}}}
+
+
+def test_no_room_is_noticed_before_a_byte_is_written(tmp_path, monkeypatch):
+    (tmp_path / 'step_1.pt').write_bytes(b'the one before')
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=7999))
+    with pytest.raises(OSError, match='No space left') as e:
+        checkpoint.write_checkpoint(tmp_path / 'step_1.pt', STATE)
+    assert e.value.errno == errno.ENOSPC and e.value.filename == str(tmp_path / 'step_1.pt')
+    assert [f.name for f in tmp_path.iterdir()] == ['step_1.pt']
+    assert (tmp_path / 'step_1.pt').read_bytes() == b'the one before'
+
+
+def test_what_does_not_read_back_takes_no_ones_place(tmp_path, monkeypatch):
+    checkpoint.write_checkpoint(tmp_path / 'step_1.pt', STATE)
+    before, real = (tmp_path / 'step_1.pt').read_bytes(), torch.save
+
+    def bad_disk(state, f):
+        real(state, f)
+        f.seek(before.index(STATE['model']['w'].numpy().tobytes()) + 100)
+        f.write(b'\xff')
+
+    monkeypatch.setattr(torch, 'save', bad_disk)
+    with pytest.raises(OSError, match='does not read back'):
+        checkpoint.write_checkpoint(tmp_path / 'step_1.pt', STATE)
+    assert [f.name for f in tmp_path.iterdir()] == ['step_1.pt']
+    assert (tmp_path / 'step_1.pt').read_bytes() == before
+    assert torch.equal(torch.load(tmp_path / 'step_1.pt')['model']['w'], STATE['model']['w'])
+
+
+@pytest.mark.parametrize('harm', ['none', 'flip', 'cut', 'empty', 'text'])
+def test_damage_is_seen(tmp_path, harm):
+    checkpoint.write_checkpoint(tmp_path / 'a.pt', STATE)
+    content = bytearray((tmp_path / 'a.pt').read_bytes())
+    content[content.index(STATE['model']['w'].numpy().tobytes()) + 5] ^= harm == 'flip'
+    (tmp_path / 'a.pt').write_bytes({'cut': content[:-50], 'empty': b'', 'text': b'no zip'}
+                                    .get(harm, content))
+    assert checkpoint.damaged(tmp_path / 'a.pt') == (harm != 'none')
+
+
+def test_what_a_killed_process_left_is_swept_up_and_nothing_else(tmp_path):
+    for name in ('step_3.pt', 'step_6.pt.tmp', 'log.jsonl', 'run.json.tmp'):
+        (tmp_path / name).write_text('x')
+    with checkpoint.take_folder(tmp_path):
+        assert sorted(os.listdir(tmp_path)) == ['lock', 'log.jsonl', 'step_3.pt']
+        assert f'process {os.getpid()} on ' in (tmp_path / 'lock').read_text()
