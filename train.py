@@ -52,6 +52,7 @@ from muon import gather_state, has_bf16, load_state, make_optimizers, step_all
 out_dir = 'out/run'           # folder of this run; never overwrites another's
 resume = False                # go on from the newest checkpoint in out_dir
 init_from = ''                # begin with this checkpoint's weights, at its step of the curriculum
+replay = -1                   # only look at this step of the run in out_dir again; writes nothing
 init_step = -1                # with init_from: begin at this step; if not its own, fresh optimizers
 seed = 1337                   # fixes init and the order of the data
 device = 'auto'               # 'auto' takes cuda, mps or cpu, whichever is there
@@ -111,9 +112,9 @@ reference = ''                # another run's folder, as the proxy's, to compare
 reference_margin = 0.2        # nats above it from which validations say so
 
 # knobs that --resume lets change, since they do not decide what is learned; all others it refuses
-FREE = {'out_dir', 'resume', 'init_from', 'init_step', 'device', 'dtype', 'compile', 'data_dir',
-        'sources', 'micro_batch_tokens', 'reduce_dtype', 'log_interval', 'eval_interval',
-        'eval_rows', 'checkpoint_interval', 'keep', 'hang_seconds', 'reference',
+FREE = {'out_dir', 'resume', 'replay', 'init_from', 'init_step', 'device', 'dtype', 'compile',
+        'data_dir', 'sources', 'micro_batch_tokens', 'reduce_dtype', 'log_interval',
+        'eval_interval', 'eval_rows', 'checkpoint_interval', 'keep', 'hang_seconds', 'reference',
         'reference_margin', 'fp8_monitor', 'activation_checkpointing'}
 
 
@@ -219,6 +220,15 @@ def reference_gap(proxy, recent, tokens, step_tokens):
     return statistics.fmean(recent) - statistics.fmean(theirs) if theirs else None
 
 
+def tell_of_gradients(model, say):
+    """Say which parameters have the largest gradients, and whose are not finite."""
+    norms = {name: p.grad.norm().item() for name, p in model.named_parameters()}
+    odd = [name for name, norm in norms.items() if not math.isfinite(norm)]
+    largest = sorted(norms, key=norms.get)[:-6:-1]
+    say('gradients: ' + ', '.join(f'{name} {norms[name]:.3g}' for name in odd[:5] or largest)
+        + (f' (of {len(odd)} that are not finite)' if odd else ', the largest'))
+
+
 def keep_checkpoint(path, state, ends):
     """Write a checkpoint; then delete those before it that are no longer to be kept."""
     write_checkpoint(path, state)
@@ -243,6 +253,7 @@ def main(defaults):
     check_range(globals(), 0, 1, 'beta1', 'beta2', 'momentum')
     check_phases(phases, steps_scale)
     total = sum(phase['steps'] for phase in phases)
+    check_range(globals(), -1, total, 'replay')
     # torchrun sets these; every rank computes its share of the rows of every batch
     rank, world = (int(os.environ.get(key, n)) for key, n in (('RANK', '0'), ('WORLD_SIZE', '1')))
     say = tqdm.write if rank == 0 else lambda line: None         # beside the progress bar
@@ -267,9 +278,13 @@ def main(defaults):
 
     # --- what the run starts from: nothing, its own newest checkpoint, or another run's ---
     run, log_file = Path(out_dir), Path(out_dir, 'log.jsonl')
-    if not resume and (log_file.exists() or checkpoints(run)):
+    there = checkpoints(run)
+    if replay >= 0:
+        there = [file for file in there if int(file.stem[5:]) <= replay]
+        total = replay + 1
+    elif not resume and (log_file.exists() or there):
         fail(f'{run} holds a run already: --resume goes on with it, --out_dir=DIR starts another')
-    resuming = resume and bool(checkpoints(run))
+    resuming = (resume or replay >= 0) and bool(there)
     names = list(dict.fromkeys(name for phase in phases for name in phase['data']))
     try:
         config = model_config(globals())
@@ -278,7 +293,8 @@ def main(defaults):
                 fail(f'fp8: block_size of phase {odd[0]!r} should be a multiple of 16')
             with torch.device('meta'):
                 convert_to_float8(Xmodel(config))
-        start = read_checkpoint(run if resuming else init_from) if resuming or init_from else None
+        start = read_checkpoint(there[-1] if resuming else init_from) \
+            if resuming or init_from else None
         if start and (own := Path(start['path']).with_name('tokenizer.json')).exists():
             fail(f'{own}: a model with a tokenizer of its own cannot read our data sets')
         if rank == 0:
@@ -308,7 +324,7 @@ def main(defaults):
             if line.split(':')[0].split('.')[0] not in FREE:
                 fail(f'--resume goes on with the same run, but {line}; for a changed one: '
                      f'--init_from={start["path"]} --out_dir=NEW')
-            if not line.startswith('resume:'):
+            if not line.startswith(('resume:', 'replay:')):
                 say(f'resume: {line}')
         for line in changes(start['made_by'], made_by()) if resuming and start['made_by'] else ():
             say(f'resume: {line}')
@@ -331,7 +347,7 @@ def main(defaults):
         if start and start['fp8'] and step == start['step'] and fp8_amax_history_len == \
                 start['knobs']['fp8_amax_history_len']:          # else a new history begins
             scaling.load_state_dict(start['fp8'])
-    if rank == 0:
+    if rank == 0 and replay < 0:
         lock = take_folder(run)  # noqa: F841                    (kept open to the end)
         begin_folder(run, step if resuming else 0, {
             'knobs': knobs, 'first_step': step, 'argv': sys.argv, 'device': str(where),
@@ -441,6 +457,8 @@ def main(defaults):
         loss = torch.zeros((), device=where)
         if scaling:
             scaling.watch(fp8_monitor and step % log_interval == 0)
+        # names the operation whose gradient is the first NaN
+        torch.autograd.set_detect_anomaly(step == replay)
         for i, (x, y) in enumerate(micro, 1):
             last = world == 1 or i == len(micro)                 # ranks add gradients up only once
             with nullcontext() if last else net.no_sync():
@@ -451,6 +469,8 @@ def main(defaults):
         if world > 1:
             dist.all_reduce(loss)
             torch._foreach_mul_([p.grad for p in model.parameters()], world)   # DDP's are means
+        if step == replay:
+            tell_of_gradients(model, say)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
 
         lrs = dict(zip(('learning_rate', 'embedding_lr'), lr_at(step)))
@@ -465,7 +485,7 @@ def main(defaults):
             skipped += 1                                         # in a row
             what = (f'it has loss {loss}, gradient norm {grad_norm}'
                     + (scaling.trace(amax) if scaling else ''))
-            say(f'step {step} is skipped: {what}')
+            say(f'step {step} is skipped: {what}; --replay={step} looks at it again')
             model.zero_grad()
         seconds = time.time() - began
 
@@ -484,9 +504,16 @@ def main(defaults):
             entry['note'], note = note, None
         if scaling and fp8_monitor and step % log_interval == 0:
             entry['fp8'] = scaling.report()
+        rows_of_step = [(step - first) * phase['batch'], (step - first + 1) * phase['batch']]
         if skipped:
-            entry['skipped'] = True
+            entry |= {'skipped': True, 'rows': rows_of_step}
         else:
+            # six deviations up, and not for a phase's other data or length
+            if len(recent) == 50 and step - first >= 50 and \
+                    loss > statistics.fmean(recent) + 6 * statistics.pstdev(recent):
+                entry |= {'spike': loss - statistics.fmean(recent), 'rows': rows_of_step}
+                say(f'step {step}: loss {loss:.3f} is a spike, {entry["spike"]:.3f} above the mean '
+                    f'of 50; --replay={step} looks at it again')
             recent = recent[-49:] + [loss]
         if 9 <= step - watch[0] < 50 and (mean := statistics.fmean(recent[-10:])) > watch[1]:
             say(f'step {step}: loss {mean:.3f} after the change of optimizer is above '
@@ -494,7 +521,7 @@ def main(defaults):
             watch = (-50, 0.0)
         step += 1
         phase_ends = step == first + phase['steps']
-        if step % eval_interval == 0 or phase_ends:
+        if replay < 0 and (step % eval_interval == 0 or phase_ends):
             entry['val_losses'] = val = evaluate(model, data, phase, rows, where, autocast)
             entry['val_loss'] = statistics.fmean(val.values(), phase['data'].values())
             say(f'step {step}: validation loss' + ','.join(f' {k} {v:.4f}' for k, v in val.items()))
@@ -505,7 +532,7 @@ def main(defaults):
                     say(f'step {step}: loss is {gap:.3f} above that of {reference}: look at µP\'s '
                         "attention scale, embedding lr, matrices' lr (coord_check.py), if the "
                         'knobs are the same but for the width')
-        if rank == 0:
+        if rank == 0 and replay < 0:
             with open(log_file, 'a') as f:
                 f.write(json.dumps(entry) + '\n')
         news = (f'{phase["name"]}: loss {loss:.4f}, {entry["tok_per_s"]:,.0f} tok/s, '
@@ -519,11 +546,11 @@ def main(defaults):
                      f'finite: {what}; try a lower learning_rate')
 
         # --- checkpoint ---
-        if step % checkpoint_interval == 0 or phase_ends:
+        if replay < 0 and (step % checkpoint_interval == 0 or phase_ends):
             save()
         if writing and writing.done():
             writing.result()                                     # which raises what went wrong
-    if step != saved:
+    if step != saved and replay < 0:
         save()
     faulthandler.cancel_dump_traceback_later()
     bar.close()
@@ -536,6 +563,10 @@ def main(defaults):
         say(f'stopped by {signal.Signals(number).name} at step {step}, which is saved: --resume '
             'goes on')
         sys.exit(128 + number)
+    if replay >= 0:
+        say(f'step {replay}: rows {rows_of_step[0]} to {rows_of_step[1] - 1} of phase '
+            f'{phase["name"]}, loss {loss!r}, gradient norm {grad_norm!r}')
+        return
     say(f'done: {checkpoints(run)[-1]}; python sample.py {run} --prompt="def fib(n):"')
 
 

@@ -126,6 +126,45 @@ def test_resume_tells_of_other_code(tiny_run, tiny, tmp_path):
     assert f"resume: code: 'abc' -> '{code}'" in told and "resume: torch: '2.0' -> " in told
 
 
+def test_a_step_is_looked_at_again(tiny_run, tiny, tmp_path):
+    folder = shutil.copytree(tiny_run, tmp_path / 'run')
+    before = sorted((f.name, f.read_bytes()) for f in folder.iterdir())
+    for step, rows in ((17, '4 to 7'), (2, '8 to 11')):           # step 2 from the beginning
+        told = run('train.py', *tiny, f'--out_dir={folder}', f'--replay={step}').stdout
+        right = log(tiny_run)[step]
+        assert f'step {step}: rows {rows} of phase {right["phase"]}, loss {right["loss"]!r}, ' \
+            f'gradient norm {right["grad_norm"]!r}' in told
+        assert re.search(r'gradients: [a-z.]+\d?\S* \d', told)
+    assert sorted((f.name, f.read_bytes()) for f in folder.iterdir()) == before
+    state = torch.load(folder / 'step_18.pt')
+    state['model']['blocks.1.ffn.down.weight'][0, 0] = math.nan
+    torch.save(state, folder / 'step_18.pt')
+    done = run('train.py', *tiny, f'--out_dir={folder}', '--replay=18')
+    assert done.returncode and 'returned nan values' in done.stderr   # by torch's anomaly detection
+    line = refused(run('train.py', *tiny, f'--out_dir={folder}', '--replay=20'))
+    assert 'replay=20' in line
+
+
+def test_a_spike_is_recorded_with_its_rows(tiny, tiny_run, tmp_path):
+    args = [*tiny, f'--out_dir={tmp_path / "run"}', '--phases.stable.steps=60',
+            '--phases.decay.steps=0', '--phases.long.steps=0', '--eval_interval=1000',
+            f'--init_from={tiny_run}', '--init_step=0', '--learning_rate=0', '--embedding_lr=0']
+    config = tmp_path / 'spike.py'                                # one batch of noise
+    config.write_text("""
+import sys
+_main = sys.modules['__main__']
+_get_batch = _main.get_batch
+def _other(data, weights, rows, *rest):
+    x, y = _get_batch(data, weights, rows, *rest)
+    return (x, y * 0 + 500) if rows[0] == 55 * 4 else (x, y)
+_main.get_batch = _other
+""")
+    told = run('train.py', *args, config).stdout
+    entry = log(tmp_path / 'run')[55]
+    assert entry['rows'] == [220, 224] and entry['spike'] > 0
+    assert 'step 55: loss' in told and '--replay=55' in told and told.count('is a spike') == 1
+
+
 def test_resume_refuses_another_run_and_tells_of_harmless_changes(tiny_run, tiny, tmp_path):
     folder = shutil.copytree(tiny_run, tmp_path / 'run')
     (folder / 'step_20.pt').unlink()
