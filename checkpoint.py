@@ -84,7 +84,7 @@ def checkpoints(run):
     return sorted(files, key=lambda f: int(f.stem[5:]))
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, check=True):
     """The dict that train.py saved as the file `path`, or as the newest of the run folder `path`.
 
     ValueError, in one line, for a missing or foreign file; which cannot run code (weights_only).
@@ -102,11 +102,14 @@ def read_checkpoint(path):
         raise ValueError(f'{path} does not exist; ' + (
             f'N of step_N.pt there: {there}' if there else
             'a checkpoint is a file out/RUN/step_N.pt'))
-    if damaged(path):
-        raise ValueError(f'{path} is not a checkpoint of train.py, or is damaged: its checksums '
-                         'are not right')
     try:
-        # mapped, so that the moments of the optimizer are read only where they are wanted
+        if check and damaged(path):
+            raise ValueError(f'{path} is not a checkpoint of train.py, or is damaged: its '
+                             'checksums are not right')
+    except OSError as e:
+        raise ValueError(f'{path}: {e.strerror}') from None
+    try:
+        # mapped, so that the optimizer's state takes memory only where it is wanted
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
         config = XmodelConfig(**checkpoint['config'])
         checkpoint = BARE | checkpoint | {'config': config, 'path': str(path)}
@@ -132,10 +135,12 @@ def load_model(path, device='cpu'):
 
 
 def prune(run, keep, ends):
-    """Delete a run's checkpoints but for the last `keep`, and those at the steps `ends`."""
-    passing = [f for f in checkpoints(run) if int(f.stem[5:]) not in ends]
+    """Delete a run's checkpoints but for the last one, or `keep`, and those at the steps `ends`."""
+    files = checkpoints(run)
+    passing = [f for f in files if int(f.stem[5:]) not in ends]
     for file in passing[:max(0, len(passing) - keep)]:
-        file.unlink()
+        if file != files[-1]:
+            file.unlink()
 
 
 def read_log(run):
@@ -156,13 +161,14 @@ def read_log(run):
 def take_folder(run):
     """Make the run's folder, for this process alone; one line if another process trains there.
 
-    Returns the file to keep open. The lock goes when the process does, in whatever way.
+    Returns the file to keep open. The system gives the lock back when the process ends, in whatever
+    way (on a network file system, when that hears of it).
     """
     run.mkdir(parents=True, exist_ok=True)
     file = open(run / 'lock', 'a+')  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.seek(0)
         fail(f'{run} is in use by {file.read().strip() or "another process"}')
     file.truncate(0)

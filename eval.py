@@ -271,17 +271,19 @@ def find_tasks(names):
     knobs = {'include_path': include_path or None}
     try:
         manager = TaskManager(include_defaults=False, **knobs)
-        if any(name not in manager.all_tasks for name in names):
+        missing = [name for name in names if name not in manager.all_tasks]
+        for file in sorted(Path(include_path).rglob('*.yaml') if include_path and missing else ()):
+            if any(name in file.read_text(errors='replace') for name in missing):
+                try:                                     # lm-eval passes over those in silence
+                    load_yaml(file, resolve_func=False)
+                except Exception as e:  # noqa: BLE001   (of yaml, or of what it includes)
+                    fail(f'tasks: {", ".join(missing)}: {file} cannot be read: {e}')
+        if missing:
             manager = TaskManager(**knobs)                         # reading all takes 20 s
     except Exception as e:  # noqa: BLE001                         (a YAML may hold anything)
         fail(f'include_path={include_path}: lm-eval cannot read its YAML files: {e}')
     for name in names:
         if name not in manager.all_tasks:
-            for file in sorted(Path(include_path).rglob('*.yaml') if include_path else ()):
-                try:                                     # lm-eval passes over those in silence
-                    load_yaml(file, resolve_func=False)
-                except Exception as e:  # noqa: BLE001   (of yaml, or of what it includes)
-                    fail(f'tasks: no task {name!r}, and {file} cannot be read: {e}')
             near = difflib.get_close_matches(name, manager.all_tasks, 1)
             fail(f'tasks: lm-eval has no task {name!r}' + (f', the nearest is {near[0]!r}'
                                                            if near else ''))

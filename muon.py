@@ -30,6 +30,16 @@ def has_bf16(device):
         device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def matmul_dtype(device):
+    return torch.bfloat16 if has_bf16(device) else torch.float32
+
+
+def newton_schulz_flops(shape, steps=5):
+    """FLOPs of zeropower_via_newtonschulz5 for a matrix: X Xᵀ, A A, and their sum times X."""
+    n, m = sorted(shape)
+    return steps * (2 * n * n * m + 2 * n**3 + 2 * n * n * m)
+
+
 def zeropower_via_newtonschulz5(G, steps=5):
     """G (..., rows, cols) -> about U Vᵀ of its SVD, same shape; batched over (...).
 
@@ -38,7 +48,7 @@ def zeropower_via_newtonschulz5(G, steps=5):
     singular values of 0.01...1 to about 0.7...1.2, which serves as well as exactly 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = G.bfloat16() if has_bf16(G.device.type) else G.float()
+    X = G.to(matmul_dtype(G.device.type))
     if tall := G.size(-2) > G.size(-1):
         X = X.mT                                              # so that X Xᵀ is the smaller product
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)       # all singular values at most 1
@@ -75,9 +85,9 @@ class Muon(torch.optim.Optimizer):
         # the costliest first, to the rank that has the least to do (Graham 1969)
         matrices = [p for group in self.param_groups for p in group['params']]
         loads, self.owner = [0] * ranks()[1], {}
-        for p in sorted(matrices, key=lambda p: -min(p.shape) * p.numel()):     # FLOPs ~ X Xᵀ
+        for p in sorted(matrices, key=lambda p: -newton_schulz_flops(p.shape)):
             self.owner[p] = loads.index(min(loads))
-            loads[self.owner[p]] += min(p.shape) * p.numel()
+            loads[self.owner[p]] += newton_schulz_flops(p.shape)
 
     def part_of(self, p, t):
         """What this rank keeps of t, a tensor of the shape of the weight p: all, or nothing."""
@@ -85,14 +95,14 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        sent = None
+        sent = None                    # of the last shape: on its way while this one is computed
         for group in self.param_groups:
             by_shape = {}
             for p in group['params']:
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
             for ps in by_shape.values():
-                sending = group, ps, list(self.orthogonalise(group, ps))
+                sending = group, ps, self.orthogonalise(group, ps)
                 if sent:
                     self.move(*sent)
                 sent = sending
@@ -100,20 +110,22 @@ class Muon(torch.optim.Optimizer):
             self.move(*sent)
 
     def orthogonalise(self, group, ps):
-        """Yield for each rank (its weights among ps, their U Vᵀ, what to wait for or None)."""
-        (rank, world), parts = ranks(), self.parts_of(group, ps)
-        dtype = torch.bfloat16 if has_bf16(ps[0].device.type) else torch.float32
+        """For each rank (its weights among ps, their U Vᵀ, what to wait for or None)."""
+        (rank, world), parts, found = ranks(), self.parts_of(group, ps), []
+        dtype, device = matmul_dtype(ps[0].device.type), ps[0].device
         for r in range(world):
             share = [p for p in ps if self.owner[p] == r]
             if not share:
                 continue
             if r == rank:
                 u = self.momentum(share, group['momentum'])       # (len(share), rows, cols)
+                # cat also makes one part, which may be a transposed view, contiguous
                 X = torch.cat([zeropower_via_newtonschulz5(part) for part in u.split(parts, dim=1)],
                               dim=1)
             else:
-                X = torch.empty(len(share), *ps[0].shape, dtype=dtype, device=ps[0].device)
-            yield share, X, dist.broadcast(X, r, async_op=True) if world > 1 else None
+                X = torch.empty(len(share), *ps[0].shape, dtype=dtype, device=device)
+            found.append((share, X, dist.broadcast(X, r, async_op=True) if world > 1 else None))
+        return found
 
     def parts_of(self, group, ps):
         return group['split'] and group['parts'] or (len(ps[0]),)
@@ -129,7 +141,7 @@ class Muon(torch.optim.Optimizer):
         return torch.stack(torch._foreach_add(grads, bufs, alpha=momentum))
 
     def move(self, group, ps, received):
-        """Step the weights ps along what `orthogonalise` yielded for them."""
+        """Step the weights ps along what `orthogonalise` found for them."""
         cols = ps[0].size(1)
         scale = torch.cat([torch.full((rows, 1), 0.2 * math.sqrt(max(rows, cols)),
                                       device=ps[0].device) for rows in self.parts_of(group, ps)])
@@ -144,6 +156,8 @@ class AdamW(torch.optim.AdamW):
     """torch's AdamW, which treats every number alone; so each rank steps an equal part of the rows.
 
     A rank keeps moments for its part of each tensor; after the step all ranks exchange their parts.
+    A group's `params`, by which torch files the state, are these parts: views of the parameters in
+    `whole`, where gradients are and names belong.
     """
 
     kept = ('exp_avg', 'exp_avg_sq')
@@ -170,11 +184,13 @@ class AdamW(torch.optim.AdamW):
             for part, p in zip(group['params'], group['whole']):
                 part.grad = None if p.grad is None else self.part_of(p, p.grad)
         super().step()
-        world = ranks()[1]
+        rank, world = ranks()
         whole = [p.detach() for group in self.param_groups for p in group['whole']]
         for r in range(world) if world > 1 else ():                # one message a rank
             parts = [p.tensor_split(world)[r] for p in whole]
-            flat = torch.cat([part.flatten() for part in parts])
+            n = sum(part.numel() for part in parts)
+            flat = torch.cat([part.flatten() for part in parts]) if r == rank else \
+                parts[0].new_empty(n)
             dist.broadcast(flat, r)
             torch._foreach_copy_(parts, [
                 new.view_as(part) for new, part in zip(flat.split([part.numel() for part in parts]),
@@ -222,7 +238,7 @@ def gather_state(optimizers):
     found, (rank, world) = {}, ranks()
     for optimizer, name, p, part in parameters_of(optimizers):
         state = optimizer.state.get(part, {})
-        found[name] = {'step': state['step'].cpu()} if 'step' in state else {}
+        found[name] = {'step': state['step'].to('cpu', copy=True)} if 'step' in state else {}
         for key in optimizer.kept:
             whole = torch.zeros_like(p)
             if key in state:
@@ -236,11 +252,18 @@ def gather_state(optimizers):
 
 @torch.no_grad()
 def load_state(optimizers, state):
-    """Take this rank's parts of what gather_state gave, with whatever number of ranks."""
+    """Take this rank's parts of what gather_state gave, with whatever number of ranks.
+
+    ValueError where there is none, as in bare weights.
+    """
     for optimizer, name, p, part in parameters_of(optimizers):
+        if name not in state:
+            raise ValueError(f'it holds no state of the optimizer for {name}')
+        if isinstance(optimizer, AdamW) and 'step' not in state[name]:
+            continue                                               # it had not made one yet
         mine = {key: optimizer.part_of(p, whole) for key, whole in state[name].items()
                 if key in optimizer.kept}
-        if None not in mine.values():
+        if all(t is not None for t in mine.values()):
             optimizer.state[part] = {key: t.to(p.device, copy=True) for key, t in mine.items()}
             if 'step' in state[name]:
                 optimizer.state[part]['step'] = state[name]['step'].to(p.device, copy=True)

@@ -23,6 +23,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, fields
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -274,12 +275,21 @@ def main(defaults):
     bf16 = has_bf16(where.type) if dtype == 'auto' else dtype == 'bfloat16'
     autocast = torch.autocast(where.type, torch.bfloat16) if bf16 else nullcontext()
     if world > 1:
-        dist.init_process_group('nccl' if where.type == 'cuda' else 'gloo')
+        dist.init_process_group('nccl' if where.type == 'cuda' else 'gloo',
+                                timeout=timedelta(seconds=3 * hang_seconds))
 
     # --- what the run starts from: nothing, its own newest checkpoint, or another run's ---
     run, log_file = Path(out_dir), Path(out_dir, 'log.jsonl')
-    there = checkpoints(run)
+    # locked before the checkpoint is chosen, which is rank 0's choice for all
+    lock = take_folder(run) if rank == 0 and replay < 0 and run.is_dir() else None
+    there = [checkpoints(run)]
+    if world > 1:
+        dist.broadcast_object_list(there)
+    there, this = there[0], made_by()
     if replay >= 0:
+        if not (run / 'run.json').exists():
+            fail(f'{run} holds no run whose step could be looked at again')
+        told = json.loads((run / 'run.json').read_text())
         there = [file for file in there if int(file.stem[5:]) <= replay]
         total = replay + 1
     elif not resume and (log_file.exists() or there):
@@ -293,7 +303,7 @@ def main(defaults):
                 fail(f'fp8: block_size of phase {odd[0]!r} should be a multiple of 16')
             with torch.device('meta'):
                 convert_to_float8(Xmodel(config))
-        start = read_checkpoint(there[-1] if resuming else init_from) \
+        start = read_checkpoint(there[-1] if resuming else init_from, rank == 0) \
             if resuming or init_from else None
         if start and (own := Path(start['path']).with_name('tokenizer.json')).exists():
             fail(f'{own}: a model with a tokenizer of its own cannot read our data sets')
@@ -307,7 +317,8 @@ def main(defaults):
             for name, split in itertools.product(phase['data'], ('train', 'val')):
                 data[name].n_windows(split, phase['block_size'])
     except ValueError as e:
-        fail(e)
+        fail(f'{e}; --resume without this file goes on from {there[-2].name}'
+             if 'checksums' in str(e) and resuming and there[1:] else e)
     knobs['data'] = {name: data[name].meta['train']['sha256'] for name in names}
 
     torch.manual_seed(seed)
@@ -326,7 +337,7 @@ def main(defaults):
                      f'--init_from={start["path"]} --out_dir=NEW')
             if not line.startswith(('resume:', 'replay:')):
                 say(f'resume: {line}')
-        for line in changes(start['made_by'], made_by()) if resuming and start['made_by'] else ():
+        for line in changes(start['made_by'], this) if resuming and start['made_by'] else ():
             say(f'resume: {line}')
         model.load_state_dict(start.pop('model'))
         step = start['step'] if resuming or init_step < 0 else init_step
@@ -336,6 +347,12 @@ def main(defaults):
         if step >= total:
             fail(f'{start["path"]} is at step {step} of {total}: nothing is left to do'
                  + (' (--init_step=0 starts anew with its weights)' if not resuming else ''))
+    if replay >= 0 and not there:                                # then from where it began
+        now, then = ({k: v for k, v in found.items() if k not in FREE - {'init_from'}}
+                     for found in (json.loads(json.dumps(knobs)), told['knobs']))
+        if now != then or step != told['first_step']:
+            fail(f'{run} has no checkpoint at or before step {replay}, and it began otherwise than '
+                 'this would, by its run.json')
     model.activation_checkpointing = activation_checkpointing
     scaling = None
     if fp8:
@@ -348,10 +365,10 @@ def main(defaults):
                 start['knobs']['fp8_amax_history_len']:          # else a new history begins
             scaling.load_state_dict(start['fp8'])
     if rank == 0 and replay < 0:
-        lock = take_folder(run)  # noqa: F841                    (kept open to the end)
+        lock = lock or take_folder(run)                          # kept open to the end
         begin_folder(run, step if resuming else 0, {
             'knobs': knobs, 'first_step': step, 'argv': sys.argv, 'device': str(where),
-            'bf16': bf16, 'ranks': world, 'threads': torch.get_num_threads(), **made_by()})
+            'bf16': bf16, 'ranks': world, 'threads': torch.get_num_threads(), **this})
 
     # --- the table of what is going to happen ---
     size = [phase['steps'] * phase['batch'] * phase['block_size'] for phase in phases]  # in tokens
@@ -379,7 +396,7 @@ def main(defaults):
     compiling = pays if compile == 'auto' else compile
 
     # --- the loop ---
-    net = DistributedDataParallel(model) if world > 1 else model
+    net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     if world > 1 and reduce_dtype == 'bfloat16':
         # in a lambda, as DDP takes it by its own name with NCCL alone, though gloo can do it, too
         net.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
@@ -392,28 +409,29 @@ def main(defaults):
         """Write a checkpoint, from a copy, while training goes on; first the last one has to be."""
         nonlocal writing, saved
         saved = step
+        if writing:
+            writing.result()
         moments = gather_state(optimizers)                       # from all ranks
         if rank == 0:
             state = {'model': {k: t.to('cpu', copy=True) for k, t in model.state_dict().items()},
                      'config': asdict(config), 'step': step, 'tokens': tokens, 'recent': recent,
-                     'watch': watch, 'knobs': knobs, 'made_by': made_by(), 'optimizer': kind,
+                     'watch': watch, 'knobs': knobs, 'made_by': this, 'optimizer': kind,
                      'fp8': scaling and copy.deepcopy(scaling.state_dict()),
                      'optimizer_state': moments}
-            if writing:
-                writing.result()
             writing = writer.submit(keep_checkpoint, run / f'step_{step}.pt', state, ends)
 
     def on_signal(number, _):
+        # Ctrl-C for the second time; but torchrun passes the first one on to those who had it
         if number == signal.SIGINT and signals and time.time() - signals[0][1] > 1:
-            raise KeyboardInterrupt                              # Ctrl-C for the second time
+            raise KeyboardInterrupt
         signals.append((number, time.time()))
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     while step < total:
-        # A hang ends the job: torchrun ends the others and names the rank. Whoever waits for others
-        # waits twice as long, so that this is the one that hangs.
-        faulthandler.dump_traceback_later(hang_seconds, exit=True)
+        # A hang ends the job: torchrun ends the others and names the rank. From where ranks wait
+        # for one another on, they have twice the time: one that hangs in its data ends first.
+        faulthandler.dump_traceback_later(hang_seconds, exit=True, file=sys.__stderr__)
         if phase is not phase_at(step)[0]:                       # a phase begins, or this run does
             phase, first = phase_at(step)
             T, share = phase['block_size'], phase['batch'] // world
@@ -424,7 +442,11 @@ def main(defaults):
                 optimizers = make_optimizers(phase['optimizer'], model.param_groups(weight_decay),
                                              (beta1, beta2), momentum, muon_split)
                 if kind == phase['optimizer']:
-                    load_state(optimizers, start.pop('optimizer_state'))
+                    try:
+                        load_state(optimizers, start.pop('optimizer_state'))
+                    except ValueError as e:
+                        fail(f'{start["path"]}: {e}; --init_from with another --init_step begins '
+                             'with a fresh optimizer')
                 elif kind:
                     note = f'optimizer {kind} -> {phase["optimizer"]}, with fresh state'
                     # a spike: ten losses (so not two of a new mixture) 4 deviations up
@@ -437,9 +459,10 @@ def main(defaults):
         row = (step - first) * phase['batch'] + rank * share
         micro = [get_batch(data, phase['data'], range(r, r + rows), T, seed, drawn, completion_only)
                  for r in range(row, row + share, rows)]
+        # (one message for both: how many targets, and whether to end)
         counts = torch.tensor([float(sum(int((y >= 0).sum()) for _, y in micro)),
                                float(len(signals))], device=where)
-        faulthandler.dump_traceback_later(2 * hang_seconds, exit=True)
+        faulthandler.dump_traceback_later(2 * hang_seconds, exit=True, file=sys.__stderr__)
         if world > 1:
             dist.all_reduce(counts)
         targets, signalled = counts
@@ -457,7 +480,7 @@ def main(defaults):
         loss = torch.zeros((), device=where)
         if scaling:
             scaling.watch(fp8_monitor and step % log_interval == 0)
-        # names the operation whose gradient is the first NaN
+        # names the operation (of compiled blocks, the block) whose gradient is the first NaN
         torch.autograd.set_detect_anomaly(step == replay)
         for i, (x, y) in enumerate(micro, 1):
             last = world == 1 or i == len(micro)                 # ranks add gradients up only once
@@ -542,8 +565,7 @@ def main(defaults):
         if bar.disable and (step % log_interval == 0 or phase_ends):
             say(f'step {step}/{total} {news}')
         if skipped == 5:
-            sys.exit(1 if rank else f'train.py: step {step - 1} is the fifth in a row that is not '
-                     f'finite: {what}; try a lower learning_rate')
+            break
 
         # --- checkpoint ---
         if replay < 0 and (step % checkpoint_interval == 0 or phase_ends):
@@ -557,7 +579,11 @@ def main(defaults):
     if writing:
         writing.result()
     if world > 1:
+        dist.barrier()                                           # until rank 0 has written
         dist.destroy_process_group()
+    if skipped == 5:
+        sys.exit(1 if rank else f'train.py: step {step - 1} is the fifth in a row that is not '
+                 f'finite: {what}; try a lower learning_rate')
     if step < total:
         number = signals[0][0] if signals else signal.SIGTERM
         say(f'stopped by {signal.Signals(number).name} at step {step}, which is saved: --resume '
@@ -573,6 +599,8 @@ def main(defaults):
 if __name__ == '__main__':
     defaults = knob_values(globals())
     configure(globals(), default='config/proxy20m.py')
+    if sys.stdout:
+        sys.stdout.reconfigure(line_buffering=True)              # a job's log shows what goes on
     try:
         main(defaults)
     except OSError as e:                                         # disk full, folder not writable

@@ -55,3 +55,11 @@ def test_what_a_killed_process_left_is_swept_up_and_nothing_else(tmp_path):
     with checkpoint.take_folder(tmp_path):
         assert sorted(os.listdir(tmp_path)) == ['lock', 'log.jsonl', 'step_3.pt']
         assert f'process {os.getpid()} on ' in (tmp_path / 'lock').read_text()
+
+
+@pytest.mark.parametrize('keep, left', [(0, [6, 9]), (1, [6, 9]), (2, [6, 7, 9])])
+def test_prune_keeps_the_newest_and_those_at_the_ends(tmp_path, keep, left):
+    for n in (3, 6, 7, 9):
+        (tmp_path / f'step_{n}.pt').touch()
+    checkpoint.prune(tmp_path, keep, ends=[6])
+    assert [int(f.stem[5:]) for f in checkpoint.checkpoints(tmp_path)] == left

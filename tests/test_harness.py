@@ -345,13 +345,7 @@ def test_the_papers_tasks_are_lm_evals():
 def test_a_yaml_that_cannot_be_read_is_named(copy, tmp_path):
     (tmp_path / 'mine.yaml').write_text('task: mine\n  dataset_path: json\n')
     line = refused(run('eval.py', copy, '--tasks=mine', f'--include_path={tmp_path}'))
-    assert "'mine'" in line and f'{tmp_path}/mine.yaml cannot be read' in line
-
-
-def test_yaml_files_that_lm_eval_stumbles_over_are_one_line(copy, tmp_path):
-    (tmp_path / 'mine.yaml').write_text('task: 5\n')
-    line = refused(run('eval.py', copy, '--tasks=mine', f'--include_path={tmp_path}'))
-    assert f'include_path={tmp_path}' in line
+    assert f'mine: {tmp_path}/mine.yaml cannot be read' in line
 
 
 def test_sympy_runs_no_answer_as_python_unless_that_is_allowed(monkeypatch, tmp_path):

@@ -42,8 +42,8 @@ def files_that_differ(files):
 
 def test_same_ids_as_tokenizers_on_the_standard_library():
     root = Path(sysconfig.get_path('stdlib'))
-    files = [str(f) for f in sorted(root.rglob('*.py')) if 'site-packages' not in f.parts]
-    assert len(files) > 500
+    files = [str(f) for f in sorted(root.rglob('*.py')) if 'site-packages' not in f.parts][::3]
+    assert len(files) > 300
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         shards = pool.map(files_that_differ, [files[i::16] for i in range(16)])
         assert [f for shard in shards for f in shard] == []
