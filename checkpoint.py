@@ -126,9 +126,19 @@ def read_checkpoint(path, check=True):
                          f'({type(e).__name__})') from None
 
 
+def usable_device(name):
+    """The torch.device of that name; ends the program in one line where it cannot be used."""
+    try:
+        zero = torch.zeros(1, device=name)
+        zero.item()                                                # which 'meta' does not have
+        return zero.device
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        fail(f'device={name!r} cannot be used here: {str(e).splitlines()[0][:120]}')
+
+
 def load_model(path, device='cpu'):
-    """(Xmodel in eval mode, the rest of the checkpoint), of what read_checkpoint reads."""
-    checkpoint = read_checkpoint(path)
+    """(Xmodel in eval mode, the rest of the checkpoint), of what read_checkpoint reads, or read."""
+    checkpoint = path if isinstance(path, dict) else read_checkpoint(path)
     model = Xmodel(checkpoint['config']).to(device)
     model.load_state_dict(checkpoint.pop('model'))
     return model.eval(), checkpoint

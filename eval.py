@@ -44,7 +44,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_model, read_checkpoint, replace_file
+from checkpoint import load_model, read_checkpoint, replace_file, usable_device
 from configurator import check_range, configure, fail, int_list
 from data_prep import get_windows, open_data
 from generate import complete
@@ -316,7 +316,7 @@ def run_tasks(wanted, about, table, save):
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     manager = find_tasks([name for name in wanted if name != 'wikitext2'])
-    lm = XmodelLM(about['path'], device, batch_tokens, dtype=dtype)
+    lm = XmodelLM(about, device, batch_tokens, dtype=dtype)
     hub = {'data_dir': data_dir or about['knobs'].get('data_dir', 'data'), 'reached': None}
     left_out = []
     with mock.patch('datasets.load_dataset', partial(load_dataset, datasets.load_dataset, hub)), \
@@ -474,19 +474,17 @@ def main():
     if num_fewshot >= 0:
         wanted = dict.fromkeys(wanted, num_fewshot)
     left_out = []
+    usable_device(device)
     try:
-        torch.empty(0, device=device).cpu()                        # which 'meta' cannot
         about = read_checkpoint(checkpoint)
     except ValueError as e:
         fail(e)
-    except (RuntimeError, AssertionError) as e:
-        fail(f'device={device!r} cannot be used here: {str(e).splitlines()[0][:120]}')
     table, save = open_table(about)
     try:
         if wanted:
             left_out = run_tasks(wanted, about, table, save)
         else:
-            score_here(load_model(about['path'], device)[0], about, table)
+            score_here(*load_model(about, device), table)
         save()
         # what was asked for; the file has all
         print(markdown(table | ({'validation': {}, 'arithmetic': None} if wanted else {}) | {
@@ -522,7 +520,6 @@ if __name__ == '__main__':
         sys.exit()
     configure(globals(), positional=['checkpoint'])
     try:
-        with contextlib.suppress(BrokenPipeError):
-            main()
+        main()
     except KeyboardInterrupt:
         sys.exit('eval.py: stopped; --resume keeps the scores of finished tasks')

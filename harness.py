@@ -126,9 +126,10 @@ def score(model, groups):
 
 @register_model('xmodel')
 class XmodelLM(TemplateLM):
-    """pretrained: a run's folder or step_N.pt; batch_tokens: at a time, padding included.
+    """pretrained: a run's folder, step_N.pt, or what was read of it.
 
-    lm-eval's batch_size is not asked for: a batch is as many rows as have batch_tokens.
+    lm-eval's batch_size is not asked for: a batch is as many rows as have batch_tokens, padding
+    included.
     """
 
     def __init__(self, pretrained, device='cpu', batch_tokens=8192, max_length=None,

@@ -26,7 +26,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_model
+from checkpoint import load_model, usable_device
 from configurator import check_range, configure, fail
 from generate import Decoder, common_prefix, complete
 from tokenizer import OtherTokenizer, chat_prompt, tokenizer_of
@@ -96,10 +96,10 @@ def write(model, tokenizer, prompts, how):
 
     As text, those of one prompt stream, one after the other; else batch_size go at a time.
     """
-    lengths = [len(tokenizer.encode_ordinary(text)) for text, _ in prompts]
-    if not all(lengths):
-        raise ValueError(f'its tokenizer has no token for {prompts[lengths.index(0)][0]!r}')
-    longest = max(lengths) + max_new_tokens
+    prompts = [(text, entry, tokenizer.encode_ordinary(text)) for text, entry in prompts]
+    if empty := [text for text, _, ids in prompts if not ids]:
+        raise ValueError(f'its tokenizer has no token for {empty[0]!r}')
+    longest = max(len(ids) for _, _, ids in prompts) + max_new_tokens
     if longest > model.config.block_size:
         print(f'sample.py: up to {longest} tokens, and the model is meant for texts of '
               f'{model.config.block_size}', file=sys.stderr)
@@ -111,10 +111,10 @@ def write(model, tokenizer, prompts, how):
         part = prompts[i:i + size]
         if streams:
             tell(('-' * 80 + '\n' if i else '') + part[0][0])
-        rows = complete(model, tokenizer, [tokenizer.encode_ordinary(text) for text, _ in part],
+        rows = complete(model, tokenizer, [ids for _, _, ids in part],
                         on_text=tell if streams else None, **how)
         n += sum(len(row.ids) for row in rows)
-        for j, ((text, entry), row) in enumerate(zip(part, rows), i):
+        for j, ((text, entry, _), row) in enumerate(zip(part, rows), i):
             if streams:
                 print(flush=True)
             elif format == 'json':
@@ -180,13 +180,12 @@ def main():
         prompts = read_batch(batch) if batch else [(text, None)]
         if max(len(text) for text, _ in prompts) > 400_000:        # tiktoken panics at a million
             fail('a prompt should have at most 400,000 characters')
-        torch.zeros(1, device=device).item()
-        generator = torch.Generator(device).manual_seed(seed)
-        model, about = load_model(checkpoint, torch.device(device))
+        generator = torch.Generator(usable_device(device)).manual_seed(seed)
+        model, about = load_model(checkpoint, device)
         tokenizer = tokenizer_of(about)
     except ValueError as e:
         fail(e)
-    except (RuntimeError, AssertionError) as e:
+    except RuntimeError as e:                                      # too large for it, say
         fail(f'device={device!r} cannot be used here: {str(e).splitlines()[0][:120]}')
     if chat and isinstance(tokenizer, OtherTokenizer):
         fail(f'{about["path"]} has a tokenizer of its own, with a chat template that is not read')

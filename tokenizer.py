@@ -111,8 +111,8 @@ def get_tokenizer(vocab_size=None):
 
 
 class OtherTokenizer:
-    """A model's own tokenizer.json, by the library `tokenizers`, with what we use of ours."""
-    def __init__(self, file):
+    """The own tokenizer.json of a model of so many rows, by `tokenizers`: what we use of ours."""
+    def __init__(self, file, rows):
         try:
             from tokenizers import Tokenizer
         except ImportError:
@@ -123,6 +123,8 @@ class OtherTokenizer:
             raise ValueError(f'{file}: {e}') from None
         self.tokenizer.encode_special_tokens = True             # text makes no special tokens
         self.n_vocab = max(self.tokenizer.get_vocab().values(), default=-1) + 1
+        if self.n_vocab > rows:
+            raise ValueError(f'{file} has ids to {self.n_vocab - 1}, and the model {rows} rows')
         self.special_ids = {i for i, token in self.tokenizer.get_added_tokens_decoder().items()
                             if token.special}
 
@@ -140,15 +142,11 @@ class OtherTokenizer:
 def tokenizer_of(checkpoint):
     """The tokenizer of a checkpoint, as read_checkpoint gives it: the one beside it, or ours.
 
-    ValueError: see OtherTokenizer and get_tokenizer, or it has more ids than the model.
+    ValueError: see get_tokenizer; or the one beside it is none, or has more ids than the model.
     """
+    rows = checkpoint['config'].vocab_size
     file = Path(checkpoint['path']).with_name('tokenizer.json')
-    if not file.exists():
-        return get_tokenizer(checkpoint['config'].vocab_size)
-    tokenizer, rows = OtherTokenizer(file), checkpoint['config'].vocab_size
-    if tokenizer.n_vocab > rows:
-        raise ValueError(f'{file} has ids to {tokenizer.n_vocab - 1}, and the model {rows} rows')
-    return tokenizer
+    return OtherTokenizer(file, rows) if file.exists() else get_tokenizer(rows)
 
 
 if __name__ == '__main__':

@@ -41,6 +41,7 @@ from checkpoint import (
     read_checkpoint,
     read_log,
     take_folder,
+    usable_device,
     write_checkpoint,
 )
 from configurator import check_range, configure, fail, knob_values
@@ -264,14 +265,10 @@ def main(defaults):
     # --- device and dtype: bf16 matmuls where the hardware has them, fp32 weights everywhere ---
     where = device if device != 'auto' else 'cuda' if torch.cuda.is_available() else \
         'mps' if torch.backends.mps.is_available() else 'cpu'
-    try:
-        if where == 'cuda' and world > 1:
-            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-        zero = torch.zeros(1, device=where)
-        where = zero.device
-        zero.item()                                              # which 'meta' does not have
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        fail(f'device={device!r} cannot be used here: {str(e).splitlines()[0][:120]}')
+    where = usable_device(f'cuda:{os.environ["LOCAL_RANK"]}' if where == 'cuda' and world > 1
+                          else where)
+    if where.type == 'cuda':
+        torch.cuda.set_device(where)
     bf16 = has_bf16(where.type) if dtype == 'auto' else dtype == 'bfloat16'
     autocast = torch.autocast(where.type, torch.bfloat16) if bf16 else nullcontext()
     if world > 1:

@@ -65,10 +65,14 @@ def run(script, *args, cwd=ROOT, stdin='', preexec_fn=None):
                                            *(file.read_text() for file in files[1:]))
 
 
+def free_port():
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        return server.getsockname()[1]
+
+
 def run_ranks(world, script, *args):
     """The finished processes of `torchrun --nproc_per_node=world script args`, by rank."""
-    with socket.create_server(('127.0.0.1', 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     argv = [str(ROOT / script), *map(str, args)]
     with tempfile.TemporaryDirectory() as folder:
         processes = []

@@ -4,14 +4,13 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SERVER, log, run_ranks, same
+from conftest import ROOT, SERVER, free_port, log, run_ranks, same
 from test_train import stop
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -195,8 +194,7 @@ def test_a_rank_keeps_its_share_of_the_state_alone(tmp_path):
     whole = {'adamw': 8 * n, 'muon': 4 * n + 4 * (embedding + gains)}
     weights = set()
     for world in (1, 2, 4):
-        with socket.create_server(('127.0.0.1', 0)) as server:
-            port = server.getsockname()[1]
+        port = free_port()
         files = [tmp_path / f'{world}_{rank}' for rank in range(world)]
         ranks = [SERVER.Process(target=measure, args=(rank, world, port, file))
                  for rank, file in enumerate(files)]
