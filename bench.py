@@ -11,8 +11,8 @@
 A step is forward, backward and AdamW (fused) on the same tokens: weights fp32, matmuls bf16 where
 the hardware has them. Each variant has a process of its own, so its peak memory is its own. The
 processes take turns, one step each a round, so that what else the machine does slows all alike;
-ratios are taken within a round. The GEMM peak is the FLOP/s of a bare matrix product, the most the
-machine gave in that round.
+ratios are taken within a round. (On a GPU, whose memory would not hold them all, one runs after the
+other.) The GEMM peak is the FLOP/s of a bare matrix product, the most the machine gave in a round.
 """
 import importlib.util
 import itertools
@@ -293,6 +293,7 @@ def compare_fp8(c, B, device):
               'the whole step.')
         return figures
     figures['linears_s'] = time_linears(c, B, device)
+    torch.cuda.empty_cache()                                     # is for other processes now
     print('\nMeasured, forward and backward of a linear, medians of rounds taken in turn:')
     for name, times in figures['linears_s'].items():
         gains = [median(a / b for a, b in zip(times['bf16'], times[way])) for way in WAYS[1:]]
@@ -465,27 +466,36 @@ def main():
     peaks, speeds = {name: {} for name in names}, {name: [] for name in names}
     pipes, gemm, spawn = {}, [], multiprocessing.get_context('spawn')
     vocabs = [V for V in dict.fromkeys((full_vocab_size, vocab_size)) if V > 0]
-    bar = tqdm(total=len(names) * len(vocabs) + rounds, disable=None)
+    bar = tqdm(total=(len(vocabs) + rounds) * len(names), disable=None)
+
+    def time_step(name):
+        seconds, peaks[name][vocab_size] = ask(name, pipes[name])
+        speeds[name].append(batch_size * block_size / seconds)
+        bar.update()
+
     for V, name in itertools.product(vocabs, names):
         bar.set_postfix_str(f'{name}, vocabulary {V:,}')
         pipes[name], theirs = spawn.Pipe()
         args = theirs, name, replace(c, vocab_size=V), batch_size, where, how
-        spawn.Process(target=worker, args=args, daemon=True).start()
+        process = spawn.Process(target=worker, args=args, daemon=True)
+        process.start()
         theirs.close()                                           # so that its death ends the pipe
         for _ in range(2):                                       # compile; have AdamW's state
             peaks[name][V] = ask(name, pipes[name])[1]
-        if V != vocab_size:
-            pipes.pop(name).close()
+        if V == vocab_size and where == 'cuda':                  # a GPU has memory for one of them
+            for _ in range(rounds):
+                time_step(name)
+        if V != vocab_size or where == 'cuda':
+            pipes.pop(name).close()                              # which ends its worker
+            process.join()
         bar.update()
     for _ in range(rounds):
         gemm.append(gemm_flops(where, how))
-        for name, pipe in pipes.items():
-            seconds, peaks[name][vocab_size] = ask(name, pipe)
-            speeds[name].append(batch_size * block_size / seconds)
-        bar.update()
+        for name in pipes:
+            time_step(name)
     bar.close()
     for pipe in pipes.values():
-        pipe.close()                                             # which ends its worker
+        pipe.close()
     for process in multiprocessing.active_children():
         process.join()
 
