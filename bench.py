@@ -5,6 +5,7 @@
     python bench.py --device=cuda --batch_size=16 --json=bench.json
     python bench.py --variants=ours-compiled,fp8-compiled,dynamic-compiled     # FP8 on this machine
     python bench.py --fp8                        # at 1.3B: an estimate; on a GPU also measured
+    python bench.py config/xmodel25.py --plan --gpus=8       # what a run will take: see plan.py
     python bench.py --generate                   # decoding, multiple choice: beside transformers,
                                                  # and lm-evaluation-harness's own model
 
@@ -34,12 +35,21 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
+import plan
 from checkpoint import replace_file
 from configurator import check_range, configure, fail, knob_values
 from export import hf_config
 from fp8 import convert_to_float8
 from model import Xmodel, XmodelConfig, rope_angles
 from muon import has_bf16
+from plan import (
+    GPUS,
+    WAYS,
+    linears,
+    roofline,
+    work_of_a_block,
+    work_of_a_step,
+)
 
 variants = 'ours-eager,ours-compiled,granite-eager,granite-compiled'    # also fp8-, dynamic-
 fp8 = False                   # bf16 beside FP8 at 1.3B: roofline and, on a GPU, measured
@@ -122,68 +132,6 @@ def worker(pipe, variant, c, B, device, dtype):
 
 # --- what FP8 can give, by the hardware's figures alone ---
 
-BF16_FLOPS, FP8_FLOPS, MEMORY = 989e12, 1979e12, 3.35e12        # of an H100 SXM, dense; bytes/s
-WAYS = 'bf16', 'delayed', 'dynamic'
-
-
-def linears(c):
-    """{name: the nn.Linear} of a block of Xmodel(c), without data."""
-    with torch.device('meta'):
-        block = Xmodel(replace(c, n_layer=1)).blocks[0]
-    return {name: layer for name, layer in block.named_modules() if isinstance(layer, nn.Linear)}
-
-
-def work_of_a_block(c, B):
-    """[(layer, what, (m, k, n), FLOPs, bytes in each of WAYS)] of the forward and backward pass.
-
-    Of (B, T) tokens; bytes as if every operand and result were read or written once. In FP8 GEMMs
-    of (m, k) · (k, n) read a byte a value. 'rounding' is what FP8 adds. Every input x and output
-    gradient g is transposed: 1 byte read, 1 written. What computes it writes 1 byte with a scale at
-    hand, in place of bf16's 2; dynamic scaling has it write 2, then reads 2 and writes 1. So
-    delayed 2 - 1, dynamic 2 + 3. Each weight, 4 bytes in memory, is rounded twice and transposed.
-    """
-    M, C, T, kv = B * c.block_size, c.n_embd, c.block_size, c.n_kv_head * c.hd
-    work = []
-    for name, layer in linears(c).items():
-        K, N = layer.in_features, layer.out_features
-        for what, m, k, n in (('output', M, K, N), ('gradient of input', M, N, K),
-                              ('gradient of weight', N, M, K)):
-            read, written = m * k + k * n, 2 * m * n
-            work.append((name, what, (m, k, n), 2 * m * k * n,
-                         (2 * read + written, read + written, read + written)))
-        x, w, g = M * K, N * K, M * N
-        # attention writes 2 bytes in any case: read and written once more, or twice for its amax
-        delayed, dynamic = (5, 7) if name == 'attn.out' else (1, 5)
-        work.append((name, 'rounding', None, 0,
-                     (6 * w, 12 * w + delayed * x + g, 16 * w + dynamic * x + 5 * g)))
-    # T / 2 keys a token: 2 products forward, 4 backward, and q·k once more
-    work.append(('attention', '', None, 7 * M * T * C, (12 * M * (C + kv),) * 3))
-    # Two additions to the fp32 residual stream, each with the norm after it: x 4 + 4 bytes, branch
-    # 2, normed 2; backward 4 + 4 + 4, 2, 2. Rotation of q and k. SwiGLU: gate, up and product.
-    element_wise = M * (24 * C + 32 * C + 8 * (C + kv) + (6 + 10) * c.n_ffn)
-    return [*work, ('element-wise', '', None, 0, (element_wise,) * 3)]
-
-
-def work_of_logits(c, B):
-    """The same of logits and loss, which stay in bf16."""
-    M, C, V = B * c.block_size, c.n_embd, c.vocab_size
-    weight = C * V * math.ceil(M * V / 2**28)                    # is read in each chunk of rows
-    # softmax reads logits twice, writes gradients; a chunk's is added to the fp32 one of the weight
-    return [('logits', '', None, 6 * M * C * V, (6 * (M * C + M * V + weight),) * 3),
-            ('loss', '', None, 0, (6 * M * V + 10 * weight,) * 3)]
-
-
-def work_of_a_step(c, B):
-    """The same of all blocks, logits and loss."""
-    return work_of_a_block(c, B) * c.n_layer + work_of_logits(c, B)
-
-
-def roofline(work, way):
-    """Seconds of the work on an H100, each part taking the time of its FLOPs or of its bytes."""
-    return sum(max(flops / (FP8_FLOPS if gemm and way != 'bf16' else BF16_FLOPS),
-                   moved[WAYS.index(way)] / MEMORY) for _, _, gemm, flops, moved in work)
-
-
 def print_roofline(c, B):
     """GEMM by GEMM, block and model; then the gains that others measured beside the same count."""
     def row(name, work, sizes='', times=1):
@@ -193,11 +141,11 @@ def print_roofline(c, B):
               + '{:9,.0f}{:8,.0f}{:8,.0f} {:9,.0f}{:8,.0f}{:8,.0f}'.format(*moved, *each)
               + f'{each[0] / each[1]:7.2f}{each[0] / each[2]:6.2f}')
 
-    block = work_of_a_block(c, B)
+    block, h100 = work_of_a_block(c, B), GPUS['h100']
     print(f'Forward and backward pass of {B} x {c.block_size} tokens on an H100, if every part '
-          f'took the time of its FLOPs\n({BF16_FLOPS / 1e12:.0f} TFLOP/s in bf16, '
-          f'{FP8_FLOPS / 1e12:.0f} in FP8) or of its bytes ({MEMORY / 1e12} TB/s), whichever is '
-          'more. An estimate, not measured:\n')
+          f'took the time of its FLOPs\n({h100.bf16 / 1e12:.0f} TFLOP/s in bf16, '
+          f'{h100.fp8 / 1e12:.0f} in FP8) or of its bytes ({h100.bandwidth / 1e12} TB/s), '
+          'whichever is more. An estimate, not measured:\n')
     print(f'{"a block":32}{"m x k x n":20}{"GFLOP":>8}{"MB: bf16":>10}{"delayed":>8}{"dynamic":>8}'
           f'{"us: bf16":>10}{"delayed":>8}{"dynamic":>8}{"gain of each":>14}')
     for part in block:
@@ -210,11 +158,12 @@ def print_roofline(c, B):
     llama = XmodelConfig(32, 32, 8, 4096, 14_336, 128_256, 8192)
     of_26 = XmodelConfig(26, 13, 13, 1664, 6656 * 2 // 3, 32_768, 2048)
     of_12 = XmodelConfig(12, 6, 6, 768, 2048, 32_768, 2048)
+    ours = work_of_a_step(replace(XmodelConfig(), block_size=3712), 4)
     up = [part for part in work_of_a_block(replace(of_26, n_ffn=6656 // 2), 32)
           if part[0] == 'ffn.gate_up']
     for who, measured, way, work in (
-            ('Xmodel-2.5, by its paper', '30 %', 'delayed',
-             work_of_a_step(replace(XmodelConfig(), block_size=3712), 4)),
+            ('Xmodel-2.5, by its paper', '30 %', 'delayed', ours),
+            ('the same, this code', '8 %', 'delayed', ours),
             ('Llama 3 8B, 1 x 8192 (torchao)', '25 %', 'dynamic', work_of_a_step(llama, 1)),
             ('26 layers, 32 x 2048 (nanochat)', '17 %', 'dynamic', work_of_a_step(of_26, 32)),
             ('12 layers, 32 x 2048 (nanochat)', 'slower', 'dynamic', work_of_a_step(of_12, 32)),
@@ -522,6 +471,9 @@ def main():
 
 
 if __name__ == '__main__':
+    if '--plan' in sys.argv:
+        plan.main([argument for argument in sys.argv[1:] if argument != '--plan'])
+        sys.exit()
     if {'--fp8', '--fp8=True', '--fp8=true'} & set(sys.argv):              # other defaults
         shape = {key: value for key, value in vars(XmodelConfig()).items() if key in globals()}
         globals().update(shape, batch_size=4, block_size=3712, full_vocab_size=0,

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-@dataclass
+@dataclass(frozen=True)
 class XmodelConfig:
     n_layer: int = 48
     n_head: int = 24             # query heads
@@ -49,12 +49,16 @@ class XmodelConfig:
             a, b = getattr(self, part), getattr(self, whole)
             if b % a:
                 raise ValueError(f'{part}={a} does not divide {whole}={b}')
-        self.hd = self.n_embd // self.n_head                       # size of a head
         if self.hd % 2:
             raise ValueError(f'head size n_embd / n_head = {self.hd} is odd; RoPE rotates pairs')
         if self.mup_rules not in ('textbook', 'authors', 'sp'):
             raise ValueError(f"mup_rules={self.mup_rules!r} is not 'textbook', 'authors' or 'sp'")
         mup_table(self)                                            # refuses what it does not know
+
+    @property
+    def hd(self):
+        """Size of a head."""
+        return self.n_embd // self.n_head
 
 
 # --------------------------------------------------------------------------------------------------
@@ -320,6 +324,9 @@ class Xmodel(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Loss in chunks: with 129 280 words, the logits of one 16 384-token row would fill 8.5 GB in fp32
 
+CHUNK, CHUNK_ON_GPU = 2**24, 2**28                     # logits at a time: 64 MB and 1 GB of fp32
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of softmax(multiplier · x Wᵀ); gradients are computed in the forward pass.
 
@@ -331,7 +338,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, multiplier, dtype, with_grad):
         w, x = weight.to(dtype), x.to(dtype)                                    # (V, C), (N, C)
-        rows = max(1, 2**(28 if x.is_cuda else 24) // len(w))               # 1 GB (64 MB) of fp32
+        rows = max(1, (CHUNK_ON_GPU if x.is_cuda else CHUNK) // len(w))
         share = multiplier / (targets >= 0).sum().clamp(min=1)
         total = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(x) if with_grad else None

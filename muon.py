@@ -40,6 +40,15 @@ def newton_schulz_flops(shape, steps=5):
     return steps * (2 * n * n * m + 2 * n**3 + 2 * n * n * m)
 
 
+def share_out(matrices, world):
+    """{matrix: rank}: the costliest first, to the rank that has the least to do (Graham 1969)."""
+    loads, owner = [0] * world, {}
+    for p in sorted(matrices, key=lambda p: -newton_schulz_flops(p.shape)):
+        owner[p] = loads.index(min(loads))
+        loads[owner[p]] += newton_schulz_flops(p.shape)
+    return owner
+
+
 def zeropower_via_newtonschulz5(G, steps=5):
     """G (..., rows, cols) -> about U Vᵀ of its SVD, same shape; batched over (...).
 
@@ -82,12 +91,8 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params, lr=0.01, momentum=0.95, weight_decay=0.1, split=False):
         super().__init__(params, {'lr': lr, 'momentum': momentum, 'weight_decay': weight_decay,
                                   'split': split, 'parts': None})
-        # the costliest first, to the rank that has the least to do (Graham 1969)
-        matrices = [p for group in self.param_groups for p in group['params']]
-        loads, self.owner = [0] * ranks()[1], {}
-        for p in sorted(matrices, key=lambda p: -newton_schulz_flops(p.shape)):
-            self.owner[p] = loads.index(min(loads))
-            loads[self.owner[p]] += newton_schulz_flops(p.shape)
+        self.owner = share_out([p for group in self.param_groups for p in group['params']],
+                               ranks()[1])
 
     def part_of(self, p, t):
         """What this rank keeps of t, a tensor of the shape of the weight p: all, or nothing."""

@@ -151,6 +151,12 @@ def lr_at(step):
                                                   (embedding_lr, phase['embedding_lr'])))
 
 
+def rows_of_a_micro_batch(share, T):
+    """As many of a rank's `share` rows of T tokens as micro_batch_tokens allow, in equal parts."""
+    return max(r for r in range(1, share + 1)
+               if share % r == 0 and (r == 1 or r * T <= micro_batch_tokens))
+
+
 def check_phases(phases, steps_scale=1.0):
     """Fill in what phases may leave out and scale their steps; refuse in one line what is wrong."""
     if wrong := [phase for phase in phases if not isinstance(phase, dict)]:
@@ -432,8 +438,7 @@ def main(defaults):
         if phase is not phase_at(step)[0]:                       # a phase begins, or this run does
             phase, first = phase_at(step)
             T, share = phase['block_size'], phase['batch'] // world
-            rows = max(r for r in range(1, share + 1)            # in a micro-batch
-                       if share % r == 0 and (r == 1 or r * T <= micro_batch_tokens))
+            rows = rows_of_a_micro_batch(share, T)
             drawn, note = windows_before(phases, phase, seed), None
             if optimizers is None or kind != phase['optimizer']:
                 optimizers = make_optimizers(phase['optimizer'], model.param_groups(weight_decay),

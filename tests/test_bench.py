@@ -9,14 +9,9 @@ import torch
 from conftest import run
 from test_model import granite as oracle
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
 
 import bench
+import plan
 from model import Xmodel, XmodelConfig
 
 C = XmodelConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=64, n_ffn=96, vocab_size=96, block_size=8)
@@ -69,33 +64,6 @@ def test_fp8_variants_run():
 
 # --- --fp8: what a GPU could gain ---
 
-def test_flops_of_the_estimate_are_those_that_torch_counts():
-    c, B = replace(C, block_size=64, vocab_size=128), 2
-    idx = torch.zeros(B, c.block_size, dtype=torch.long)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = Xmodel(c)
-        with FlopCounterMode(display=False) as counter:
-            model(idx, idx)[1].backward()
-    block, logits = bench.work_of_a_block(c, B), bench.work_of_logits(c, B)
-    ours = {part[0]: 0 for part in block}
-    for name, _, _, flops, _ in block:
-        ours[name] += flops
-    attention = ours.pop('attention')
-    # torch counts none of attention on a CPU
-    assert c.n_layer * sum(ours.values()) + logits[0][3] == counter.get_total_flops()
-    q = B, c.n_head, 64, c.hd                                    # half, as the mask is causal
-    assert attention == (sdpa_flop_count(q, q, q) + sdpa_backward_flop_count(q, q, q, q)) / 2
-
-
-def test_a_gemm_bound_by_flops_gains_two_and_one_by_bytes_what_it_moves():
-    def gain(M, K, N):
-        c = replace(C, n_embd=K, n_ffn=N // 2, block_size=M, n_head=1)
-        part = next(part for part in bench.work_of_a_block(c, 1) if part[2] == (M, K, N))
-        return bench.roofline([part], 'bf16') / bench.roofline([part], 'delayed')
-    assert gain(16384, 8192, 8192) == pytest.approx(1979 / 989)
-    assert gain(16, 1024, 1024) == pytest.approx(2 * (16 + 1024 + 16) / (16 + 1024 + 2 * 16))
-
-
 def test_fp8_keeps_a_byte_a_value_of_the_linears_inputs():
     c, B = replace(C, block_size=64), 2
     M, C_, F, kv = B * 64, c.n_embd, c.n_ffn, c.n_kv_head * c.hd
@@ -111,7 +79,7 @@ def test_linears_are_timed(monkeypatch):
     monkeypatch.setattr(nn.Module, 'compile', lambda self, **kw: None)
     found = bench.time_linears(replace(C, block_size=16), 1, 'cpu', passes=1)
     assert list(found) == ['attn.qkv', 'attn.out', 'ffn.gate_up', 'ffn.down']
-    assert all([len(times[way]) for way in bench.WAYS] == [2, 2, 2] for times in found.values())
+    assert all([len(times[way]) for way in plan.WAYS] == [2, 2, 2] for times in found.values())
 
 
 def test_without_a_gpu_fp8_prints_the_estimate_and_says_so(tmp_path):

@@ -1,0 +1,453 @@
+"""What a run will take, phase by phase: memory of a GPU, FLOPs, communication, time.
+
+    python plan.py config/xmodel25.py                          # on 8 H100, as Markdown
+    python plan.py config/xmodel25.py --gpus=16 --gpu=h200 --activation_checkpointing
+    python bench.py config/xmodel25.py --plan --gpus=8 --gpu=h100          # the same
+
+No GPU is needed. For memory the code itself runs, forward, backward and optimizer step, on tensors
+without data (torch's FakeTensorMode), while torch's MemTracker adds up what is alive. Time is an
+estimate: each part of a step takes the time of its FLOPs or of its bytes by the hardware's figures,
+whichever is more, over the share of these that kernels were found to reach on an H100.
+"""
+import itertools
+import math
+import shlex
+import sys
+from bisect import bisect_right
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from tqdm import tqdm
+
+import model as network
+import train
+from configurator import check_range, configure, fail
+from fp8 import convert_to_float8
+from model import Xmodel, XmodelConfig
+from muon import make_optimizers, newton_schulz_flops, share_out
+
+gpus = 8
+gpu = 'h100'                  # 'a100' | 'h100' | 'h200' | 'b200'
+# all other knobs are train.py's; without a config file they are those of config/xmodel25.py
+
+
+class GPU(NamedTuple):
+    """By its data sheet; SXM, products without sparsity."""
+    bf16: float                  # FLOP/s of matrix products
+    fp8: float                   # the same; 0.0: it has no such units
+    bandwidth: float             # of its memory, bytes/s
+    memory: float                # bytes
+    link: float                  # to the other seven of its node, bytes/s each way
+
+
+GPUS = {'a100': GPU(312e12, 0.0, 2.04e12, 85e9, 300e9),
+        'h100': GPU(989e12, 1979e12, 3.35e12, 85e9, 450e9),
+        'h200': GPU(989e12, 1979e12, 4.8e12, 150e9, 450e9),
+        'b200': GPU(2250e12, 4500e12, 7.7e12, 190e9, 900e9)}
+NETWORK = 50e9                   # between nodes, bytes/s a GPU each way: 400 Gb/s
+SHARED = 0.8                     # of link or network, that large collectives reach: assumed
+ROOM = 0.9                       # of a GPU's memory; the rest is for CUDA, NCCL and gaps
+
+# What kernels reach of the above, measured on one H100 (PyTorch 2.11, blocks compiled, the 1.3B
+# model, 4 x 3712 tokens, by torch's profiler), and what all takes beside them: launches, gaps.
+REACHED = {'GEMM, bf16': 0.75, 'GEMM, FP8': 0.66, 'attention': 0.37, 'bytes': 0.63,
+           'rounding to FP8': 0.22, 'Newton-Schulz': 0.29, 'AdamW': 0.73, 'step': 0.97}
+
+# The same machine and model: (FP8, compiled, checkpointing), rows, length, bytes at the peak beside
+# weights and gradients, seconds of forward and backward (the median of three)
+MEASURED = (((False, False, False), 1, 3712, 19.32e9, 0.151),
+            ((False, False, False), 4, 3712, 53.05e9, 0.510),
+            ((False, False, False), 1, 16384, 57.38e9, 0.796),
+            ((False, False, True), 1, 3712, 9.34e9, 0.206),
+            ((False, False, True), 4, 3712, 13.33e9, 0.632),
+            ((False, False, True), 1, 16384, 13.82e9, 1.004),
+            ((False, True, False), 1, 3712, 13.22e9, 0.109),
+            ((False, True, False), 4, 3712, 43.02e9, 0.336),
+            ((False, True, False), 1, 16384, 46.73e9, 0.618),
+            ((False, True, True), 4, 3712, 8.70e9, 0.428),
+            ((False, True, True), 1, 16384, 9.29e9, 0.797),
+            ((True, True, False), 1, 3712, 9.90e9, 0.152),
+            ((True, True, False), 4, 3712, 36.81e9, 0.312),
+            ((True, True, False), 1, 16384, 40.18e9, 0.593),
+            ((True, True, True), 4, 3712, 8.70e9, 0.400),
+            ((True, True, True), 1, 16384, 9.29e9, 0.759))
+
+
+# --------------------------------------------------------------------------------------------------
+# FLOPs and bytes of a step, and the time that they take
+
+WAYS = 'bf16', 'delayed', 'dynamic'
+
+
+def linears(c):
+    """{name: the nn.Linear} of a block of Xmodel(c), without data."""
+    with torch.device('meta'):
+        block = Xmodel(replace(c, n_layer=1)).blocks[0]
+    return {name: layer for name, layer in block.named_modules() if isinstance(layer, nn.Linear)}
+
+
+def work_of_a_block(c, B):
+    """[(layer, what, (m, k, n), FLOPs, bytes in each of WAYS)] of the forward and backward pass.
+
+    Of (B, T) tokens; bytes as if every operand and result were read or written once. In FP8 GEMMs
+    of (m, k) · (k, n) read a byte a value. 'rounding' is what FP8 adds. Every input x and output
+    gradient g is transposed: 1 byte read, 1 written. What computes it writes 1 byte with a scale at
+    hand, in place of bf16's 2; dynamic scaling has it write 2, then reads 2 and writes 1. So
+    delayed 2 - 1, dynamic 2 + 3. Each weight, 4 bytes in memory, is rounded twice and transposed.
+    """
+    M, C, T, kv = B * c.block_size, c.n_embd, c.block_size, c.n_kv_head * c.hd
+    work = []
+    for name, layer in linears(c).items():
+        K, N = layer.in_features, layer.out_features
+        for what, m, k, n in (('output', M, K, N), ('gradient of input', M, N, K),
+                              ('gradient of weight', N, M, K)):
+            read, written = m * k + k * n, 2 * m * n
+            work.append((name, what, (m, k, n), 2 * m * k * n,
+                         (2 * read + written, read + written, read + written)))
+        x, w, g = M * K, N * K, M * N
+        # attention writes 2 bytes in any case: read and written once more, or twice for its amax
+        delayed, dynamic = (5, 7) if name == 'attn.out' else (1, 5)
+        work.append((name, 'rounding', None, 0,
+                     (6 * w, 12 * w + delayed * x + g, 16 * w + dynamic * x + 5 * g)))
+    # T / 2 keys a token: 2 products forward, 4 backward, and q·k once more
+    work.append(('attention', '', None, 7 * M * T * C, (12 * M * (C + kv),) * 3))
+    # Two additions to the fp32 residual stream, each with the norm after it: x 4 + 4 bytes, branch
+    # 2, normed 2; backward 4 + 4 + 4, 2, 2. Rotation of q and k. SwiGLU: gate, up and product.
+    element_wise = M * (24 * C + 32 * C + 8 * (C + kv) + (6 + 10) * c.n_ffn)
+    return [*work, ('element-wise', '', None, 0, (element_wise,) * 3)]
+
+
+def work_of_logits(c, B):
+    """The same of logits and loss, which stay in bf16."""
+    M, C, V = B * c.block_size, c.n_embd, c.vocab_size
+    weight = C * V * math.ceil(M * V / network.CHUNK_ON_GPU)     # is read in each chunk of rows
+    # softmax reads logits twice, writes gradients; a chunk's is added to the fp32 one of the weight
+    return [('logits', '', None, 6 * M * C * V, (6 * (M * C + M * V + weight),) * 3),
+            ('loss', '', None, 0, (6 * M * V + 10 * weight,) * 3)]
+
+
+def work_of_a_step(c, B):
+    """The same of all blocks, logits and loss."""
+    return work_of_a_block(c, B) * c.n_layer + work_of_logits(c, B)
+
+
+def roofline(work, way, on=None, reached=None):
+    """Seconds of the work, each part taking the time of its FLOPs or of its bytes.
+
+    on: a GPU, by default an H100; reached: the share of its figures that kernels attain, such as
+    REACHED, by default all.
+    """
+    on = on or GPUS['h100']
+
+    def seconds(name, what, gemm, flops, moved):
+        eight = gemm and way != 'bf16'
+        kind = 'attention' if name == 'attention' else 'GEMM, FP8' if eight else 'GEMM, bf16'
+        passes = 'rounding to FP8' if what == 'rounding' and way != 'bf16' else 'bytes'
+        return max(flops / (on.fp8 if eight else on.bf16) / (reached[kind] if reached else 1),
+                   moved[WAYS.index(way)] / on.bandwidth / (reached[passes] if reached else 1))
+
+    return sum(seconds(*part) for part in work) / (reached['step'] if reached else 1)
+
+
+def seconds_of_a_micro_batch(c, rows, on, fp8=False, checkpointing=False):
+    """Forward and backward of (rows, T) tokens; checkpointing computes blocks a second time."""
+    way = {False: 'bf16', True: 'delayed'}.get(fp8, fp8)
+    block, logits = work_of_a_block(c, rows), work_of_logits(c, rows)
+    forward = [(*part[:3], part[3] / 3, tuple(moved / 3 for moved in part[4])) for part in block]
+    return roofline((block + forward * checkpointing) * c.n_layer + logits, way, on, REACHED)
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory: the code itself, run on tensors without data
+
+class KernelRMSNorm(torch.autograd.Function):
+    """RMSNorm as a GPU computes it: one kernel, which keeps its input and 1 / rms."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x[..., :1].float())
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+def alive(tracker, when):
+    """Bytes that a MemTracker knows of, at the 'peak' or 'current'ly."""
+    return sum(sum(kinds.values()) - kinds['Total']
+               for kinds in tracker.get_tracker_snapshot(when).values())
+
+
+def peak_of_a_step(c, rows, checkpointing=False, fp8=False, bf16=True, as_on_gpu=True):
+    """Bytes beside weights and gradients at the peak of forward and backward, in eager mode."""
+    before = F.rms_norm, network.CHUNK
+    if as_on_gpu:
+        F.rms_norm = lambda x, shape, weight, eps: KernelRMSNorm.apply(x, weight)
+        network.CHUNK = network.CHUNK_ON_GPU
+    try:
+        with FakeTensorMode():
+            model = Xmodel(c)
+            model.activation_checkpointing = checkpointing
+            for p in model.parameters():                         # as DDP's buckets hold them
+                p.grad = torch.zeros_like(p)
+            if fp8:
+                convert_to_float8(model).own_amax = False        # as from the second step on
+            x = torch.zeros(rows, c.block_size, dtype=torch.long)
+            tracker = MemTracker()
+            tracker.track_external(model, *(p.grad for p in model.parameters()))
+            with tracker:
+                with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+                    loss = model(x, x)[1]
+                loss.backward()
+            return alive(tracker, 'peak') - 8 * model.num_params()
+    finally:
+        F.rms_norm, network.CHUNK = before
+
+
+@cache
+def activations(c, rows, checkpointing, fp8):
+    """peak_of_a_step of the whole model. Blocks are alike, so two and three of them tell all."""
+    two, three = (peak_of_a_step(replace(c, n_layer=n), rows, checkpointing, fp8) for n in (2, 3))
+    return two + (c.n_layer - 2) * (three - two)
+
+
+def most_rows(c, checkpointing, fp8, room):
+    """How many rows a micro-batch can have whose activations fit into `room` bytes."""
+    # with two chunks of logits or more, which do not grow further, memory is linear
+    full = math.ceil(2 * network.CHUNK_ON_GPU / c.vocab_size / c.block_size)
+    one, two = (activations(c, full + more, checkpointing, fp8) for more in (0, 1))
+    rows = full + math.floor((room - one) / (two - one))
+    return rows if rows >= full else bisect_right(
+        range(1, full), room, key=lambda r: activations(c, r, checkpointing, fp8))
+
+
+@cache
+def optimizer_bytes(c, kind):
+    """(state, what a step takes beside it) on one rank."""
+    with FakeTensorMode():
+        model = Xmodel(c)
+        optimizers = make_optimizers(kind, model.param_groups())
+        for _ in range(2):                                       # the first step makes the state
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            passing = []
+            for optimizer in optimizers:
+                tracker = MemTracker()
+                tracker.track_external(model, optimizer, *(p.grad for p in model.parameters()))
+                with tracker:
+                    optimizer.step()
+                passing.append(alive(tracker, 'peak') - alive(tracker, 'current'))
+        state = [t for o in optimizers for one in o.state.values() for t in one.values()]
+        return sum(t.nbytes for t in state), max(passing)
+
+
+# --------------------------------------------------------------------------------------------------
+# A phase on some number of GPUs
+
+def seconds_to_receive(sent, world, on):
+    """Until every rank has had its part of `sent` bytes from the others, as in a ring."""
+    return sent * (world - 1) / world / (on.link if world <= 8 else NETWORK) / SHARED
+
+
+def plan_phase(phase, c, world, on):
+    """What a phase takes on `world` GPUs, as a dict; bytes and seconds, of the busiest GPU.
+
+    Where the batch cannot be shared out evenly, which train.py refuses, a GPU has the next whole
+    number of rows.
+    """
+    with torch.device('meta'):
+        model = Xmodel(c)
+    P, T = model.num_params(), c.block_size
+    kind = train.activation_checkpointing, bool(train.fp8)
+    state, passing = optimizer_bytes(replace(c, block_size=1), phase['optimizer'])
+    share = math.ceil(phase['batch'] / world)
+    rows = train.rows_of_a_micro_batch(share, T)
+    matrices, busiest, stepped = [], 0, P                        # stepped by AdamW
+    if phase['optimizer'] == 'muon':
+        matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+        stepped -= sum(p.numel() for p in matrices)
+        # U Vᵀ in bf16 from all ranks, of two shapes at a time
+        sizes = [2 * sum(p.numel() for p in matrices if p.shape == shape)
+                 for shape in {p.shape for p in matrices}]
+        arriving = sum(sorted(sizes)[-2:])
+        loads = Counter()
+        for p, rank in share_out(matrices, world).items():
+            loads[rank] += newton_schulz_flops(p.shape)
+        busiest = max(loads.values())
+    else:
+        arriving = 4 * P / world                                 # a rank's weights, at a time
+    held, fixed = activations(c, rows, *kind), 8 * P + state / world
+    passing = passing / world + arriving * (world > 1)
+    micro = share / rows * seconds_of_a_micro_batch(c, rows, on, train.fp8,
+                                                    train.activation_checkpointing)
+    newton_schulz = busiest / on.bf16 / REACHED['Newton-Schulz']
+    # 12 bytes a parameter for the gradient's norm and clipping, 28 for AdamW's step
+    step_all = newton_schulz + (12 * P + 28 * stepped / world) / on.bandwidth / REACHED['AdamW']
+    gradients = P * (2 if train.reduce_dtype == 'bfloat16' else 4)
+    weights = 4 * stepped + 2 * (P - stepped)
+    # gradients are added up during the last micro-batch's backward pass, two thirds of its time
+    hidden = micro * rows / share * 2 / 3
+    exposed = max(0.0, seconds_to_receive(2 * gradients, world, on) - hidden) \
+        + seconds_to_receive(weights, world, on)
+    step = micro + step_all + exposed
+    return {'name': phase['name'], 'batch': phase['batch'], 'T': T, 'share': share, 'rows': rows,
+            'weights': 4 * P, 'gradients': 4 * P, 'state': state / world,
+            'activations': held, 'passing': passing, 'memory': fixed + max(held, passing),
+            'chunk': 4 * min(network.CHUNK_ON_GPU, rows * T * c.vocab_size),
+            'most_rows': most_rows(c, *kind, ROOM * on.memory - fixed),
+            'flops': model.flops_per_token(T), 'sent': 2 * gradients + weights,
+            'micro': micro, 'newton_schulz': newton_schulz, 'optimizer': step_all,
+            'exposed': exposed, 'step': step, 'tok_per_s': phase['batch'] * T / step,
+            'steps': phase['steps'], 'days': phase['steps'] * step / 86400}
+
+
+# --------------------------------------------------------------------------------------------------
+# The plan, as Markdown
+
+def table(*rows):
+    """Print a Markdown table; the first row is its head."""
+    for row in (rows[0], ['---'] * len(rows[0]), *rows[1:]):
+        print('| ' + ' | '.join(map(str, row)) + ' |')
+    print()
+
+
+def gb(size):
+    return f'{size / 1e9:.1f}'
+
+
+def tell(c, plans, on):
+    """The plan for `gpus` GPUs, what it assumes, and the same for more of them."""
+    ours = plans[gpus]
+    with torch.device('meta'):
+        P = Xmodel(c).num_params()
+    print(f'# {P:,} parameters on {gpus} x {gpu}\n\n'
+          f'Blocks in {"FP8" if train.fp8 else "bf16"}, activation checkpointing '
+          f'{"on" if train.activation_checkpointing else "off"}, gradients added up in '
+          f'{train.reduce_dtype}, at most {train.micro_batch_tokens:,} tokens a micro-batch.\n'
+          f'Printed by `python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`.\n\n'
+          '## Memory of a GPU, GB\n\n'
+          '"Activations" is all that forward and backward hold at their peak beside weights and\n'
+          'gradients, in eager mode (compiled blocks hold less: see the last table), with the\n'
+          'logits of one chunk, which is told by itself as well. "Passing" is what the optimizer\n'
+          'takes while it steps, when activations are gone. The largest micro-batch leaves '
+          f'{1 - ROOM:.0%} of\n{gb(on.memory)} GB for CUDA, NCCL and gaps.\n')
+    table(('phase', 'micro-batch', 'weights', 'gradients', 'optimizer', 'activations', 'a chunk',
+           'passing', 'at the peak', 'largest micro-batch'),
+          *((p['name'], f'{p["rows"]} x {p["T"]}', gb(p['weights']), gb(p['gradients']),
+             gb(p['state']), gb(p['activations']), gb(p['chunk']), gb(p['passing']),
+             gb(p['memory']), f'{p["most_rows"]} x {p["T"]}') for p in ours))
+    kinds = list(itertools.product((False, True), (False, True)))
+    print('Activations of these micro-batches, in all four ways:\n')
+    table(('phase', *(('FP8' if fp8 else 'bf16') + ', checkpointing' * again
+                      for again, fp8 in kinds)),
+          *((p['name'], *(gb(activations(replace(c, block_size=p['T']), p['rows'], *kind))
+                          for kind in kinds)) for p in ours))
+    print('## Time\n\nA step is the forward and backward passes of a GPU\'s rows, the optimizer '
+          '(of which\nNewton-Schulz), and that part of the communication which nothing hides.\n')
+    table(('phase', 'GFLOP a token', 'batch', 'micro-batches', 'received a step, GB',
+           'forward, backward, s', 'optimizer, s', 'Newton-Schulz', 'communication, s', 'step, s',
+           'tokens/s', 'steps', 'days'),
+          *((p['name'], f'{p["flops"] / 1e9:.2f}', f'{p["batch"]} x {p["T"]}',
+             p['share'] // p['rows'], gb(p['sent']), f'{p["micro"]:.2f}', f'{p["optimizer"]:.3f}',
+             f'{p["newton_schulz"] / p["step"]:.2%} of a step', f'{p["exposed"]:.3f}',
+             f'{p["step"]:.2f}', f'{p["tok_per_s"]:,.0f}', f'{p["steps"]:,}', f'{p["days"]:.1f}')
+            for p in ours))
+    tokens = sum(p['batch'] * p['T'] * p['steps'] for p in ours)
+    print(f'In all {tokens / 1e12:.4g}T tokens in {sum(p["days"] for p in ours):.1f} days. '
+          'This assumes:\n\n'
+          f'- {gpu}: {on.bf16 / 1e12:.0f} TFLOP/s in bf16, {on.fp8 / 1e12:.0f} in FP8, memory '
+          f'{on.bandwidth / 1e12:.3g} TB/s; {on.link / 1e9:.0f} GB/s to the GPUs of its node,\n  '
+          f'{NETWORK / 1e9:.0f} beyond it, of which {SHARED:.0%} are reached.\n'
+          '- Kernels reach of that, as measured on one H100: '
+          + ', '.join(f'{kind} {share:.0%}' for kind, share in REACHED.items()) + '.\n'
+          '- Micro-batches of 10,000 tokens or more: with fewer, a GPU waits for Python.\n'
+          '- No time for data, validation, checkpoints or failures.\n\n'
+          '## More GPUs, on paper\n')
+    table(('GPUs', 'phase', 'rows a GPU', 'peak, GB', 'forward, backward, s', 'communication, s',
+           'step, s', 'tokens/s a GPU', 'days'),
+          *((f'{world:,}', p['name'], f'{p["batch"] / world:.3g}'
+             + ' (does not divide)' * bool(p['batch'] % world), gb(p['memory']),
+             f'{p["micro"]:.2f}', f'{p["exposed"]:.2f}', f'{p["step"]:.2f}',
+             f'{p["tok_per_s"] / world:,.0f}', f'{p["days"]:.2f}')
+            for world, phases in plans.items() for p in phases))
+    divisors = math.gcd(*(p['batch'] for p in ours))
+    print(f'train.py shares whole rows out evenly, so that it takes at most {divisors} GPUs, the '
+          f'largest number that\ndivides every batch, and at any time a divisor of it. Memory is '
+          'no reason to shard weights or\ngradients, which take '
+          f'{gb(8 * P)} GB. With ever fewer rows a GPU, adding up {gb(4 * P)} GB of gradients '
+          'takes longer\nthan computing them. Beyond, take torchtitan: HSDP (reduce within a '
+          'node first), context or\ntensor parallelism (a row on several GPUs); or a larger '
+          'batch, which is another recipe.\n')
+
+
+def tell_of_measurements():
+    """What was measured of the 1.3B model, and what others published, beside these estimates."""
+    on, c = GPUS['h100'], XmodelConfig()
+    print('## Beside measurements\n\n'
+          'The 1.3B model on one H100 80GB (PyTorch 2.11): what PyTorch had allocated at the peak '
+          'beside weights\nand gradients, and the seconds of forward and backward. Planned memory '
+          'is that of eager mode, planned\ntime that of compiled blocks.\n')
+    rows = []
+    for (fp8, compiled, again), n, T, peak, seconds in MEASURED:
+        at = replace(c, block_size=T)
+        planned, time = activations(at, n, again, fp8), seconds_of_a_micro_batch(at, n, on, fp8,
+                                                                                 again)
+        rows.append((('FP8' if fp8 else 'bf16') + (', compiled' if compiled else ', eager')
+                     + ', checkpointing' * again, f'{n} x {T}', gb(planned), gb(peak),
+                     f'{peak / planned:.2f}', f'{time:.3f}' if compiled else '',
+                     f'{seconds:.3f}'))
+    table(('blocks', 'tokens', 'planned, GB', 'measured', 'ratio', 'planned, s', 'measured'), *rows)
+    stable = replace(c, block_size=3712)
+    work = work_of_a_step(stable, 4)
+    planned, ideal = (roofline(work, 'bf16', on, reached) / roofline(work, 'delayed', on, reached)
+                      for reached in (REACHED, None))
+    bf16, fp8 = (next(row[4] for row in MEASURED if row[:3] == ((kind, True, False), 4, 3712))
+                 for kind in (False, True))
+    tiny = XmodelConfig(22, 32, 4, 2048, 5632, 32_000, 2048)
+    a100 = GPUS['a100']._replace(bandwidth=1.555e12)             # that with 40 GB
+    speed = 8 * 2048 / seconds_of_a_micro_batch(tiny, 8, a100)
+    print(f'- FP8 makes a step of 4 x 3712 tokens {bf16 / fp8 - 1:.0%} faster as measured, '
+          f'{planned - 1:.0%} as planned, {ideal - 1:.0%} by the\n  hardware\'s figures; '
+          'the paper (arXiv 2511.19496) says about 30 %.\n'
+          f'- TinyLlama 1.1B on A100 40GB: planned {speed:,.0f} tokens/s a GPU, published 24,000.')
+
+
+def main(argv):
+    own = [a for a in argv if a.partition('=')[0] in ('--gpus', '--gpu', '--help', '-h')]
+    configure(globals(), own)
+    check_range(globals(), 1, 2**16, 'gpus')
+    configure(vars(train), [a for a in argv if a not in own], default='config/xmodel25.py')
+    check_range(vars(train), 1, 2**63, 'micro_batch_tokens')
+    check_range(vars(train), 0, 2**63, 'steps_scale')
+    train.check_phases(train.phases, train.steps_scale)
+    on = GPUS[gpu]
+    if train.fp8 and not on.fp8:
+        fail(f'fp8: an {gpu} has no FP8 units: --fp8=False')
+    try:
+        c = train.model_config(vars(train))
+        with torch.device('meta'):
+            convert_to_float8(Xmodel(c))
+    except ValueError as e:
+        fail(e)
+    plans = {}
+    for world in tqdm(sorted({gpus, 8, 64, 512, 4096}), disable=None, leave=False):
+        plans[world] = [plan_phase(phase, replace(c, block_size=phase['block_size']), world, on)
+                        for phase in train.phases]
+    tell(c, plans, on)
+    shape = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_ffn', 'vocab_size')
+    if all(getattr(c, key) == getattr(XmodelConfig, key) for key in shape):
+        tell_of_measurements()
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

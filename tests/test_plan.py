@@ -1,0 +1,215 @@
+"""plan.py: what it says of memory beside what a process and an H100 took, its FLOPs beside torch's
+counter, its communication beside what the optimizers send."""
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, refused, run
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+import muon
+import plan
+from model import Xmodel, XmodelConfig
+
+C = XmodelConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=64, n_ffn=96, vocab_size=96, block_size=8)
+PHASE = {'name': 'decay', 'steps': 20_000, 'batch': 960, 'block_size': 3776, 'optimizer': 'muon'}
+
+
+# --- FLOPs and time ---
+
+def test_flops_of_the_estimate_are_those_that_torch_counts():
+    c, B = replace(C, block_size=64, vocab_size=128), 2
+    idx = torch.zeros(B, c.block_size, dtype=torch.long)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = Xmodel(c)
+        with FlopCounterMode(display=False) as counter:
+            model(idx, idx)[1].backward()
+    block, logits = plan.work_of_a_block(c, B), plan.work_of_logits(c, B)
+    ours = {part[0]: 0 for part in block}
+    for name, _, _, flops, _ in block:
+        ours[name] += flops
+    attention = ours.pop('attention')
+    # torch counts none of attention on a CPU
+    assert c.n_layer * sum(ours.values()) + logits[0][3] == counter.get_total_flops()
+    q = B, c.n_head, 64, c.hd                                    # half, as the mask is causal
+    assert attention == (sdpa_flop_count(q, q, q) + sdpa_backward_flop_count(q, q, q, q)) / 2
+
+
+def test_a_gemm_bound_by_flops_gains_two_and_one_by_bytes_what_it_moves():
+    def gain(M, K, N):
+        c = replace(C, n_embd=K, n_ffn=N // 2, block_size=M, n_head=1)
+        part = next(part for part in plan.work_of_a_block(c, 1) if part[2] == (M, K, N))
+        return plan.roofline([part], 'bf16') / plan.roofline([part], 'delayed')
+    assert gain(16384, 8192, 8192) == pytest.approx(1979 / 989)
+    assert gain(16, 1024, 1024) == pytest.approx(2 * (16 + 1024 + 16) / (16 + 1024 + 2 * 16))
+
+
+def test_seconds_are_those_that_an_h100_took():
+    for (fp8, compiled, again), rows, T, _, seconds in plan.MEASURED:
+        if compiled and rows * T > 10_000:
+            c = replace(XmodelConfig(), block_size=T)
+            planned = plan.seconds_of_a_micro_batch(c, rows, plan.GPUS['h100'], fp8, again)
+            assert planned == pytest.approx(seconds, rel=0.1)
+
+
+# --- memory ---
+
+# a step of few tokens first, which loads what libraries load
+ONE_STEP = """
+import gc, re, sys
+from pathlib import Path
+import torch
+from fp8 import convert_to_float8
+from model import Xmodel, XmodelConfig
+checkpointing, fp8, bf16, *shape, rows = map(int, sys.argv[1:])
+
+def status(key):
+    return 1024 * int(re.search(key + r':\\s+(\\d+)', Path('/proc/self/status').read_text())[1])
+
+def step(x):
+    with torch.autocast('cpu', torch.bfloat16, enabled=bool(bf16)):
+        loss = model(x, x)[1]
+    loss.backward()
+
+model = Xmodel(XmodelConfig(*shape))
+model.activation_checkpointing = bool(checkpointing)
+for p in model.parameters():
+    p.grad = torch.zeros_like(p)
+if fp8:
+    convert_to_float8(model).own_amax = False
+step(torch.zeros(1, 16, dtype=torch.long))
+gc.collect()
+before = status('VmRSS')
+Path('/proc/self/clear_refs').write_text('5')                    # the peak begins anew
+step(torch.zeros(rows, shape[-1], dtype=torch.long))
+print(status('VmHWM') - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+@pytest.mark.parametrize('checkpointing, fp8', [(0, 0), (1, 0), (0, 1)])
+def test_memory_of_a_step_is_what_a_process_takes(checkpointing, fp8):
+    bf16 = muon.has_bf16('cpu')                                  # else it takes minutes
+    shape, rows = (4, 4, 2, 256, 640, 4096, 512), 8
+    argv = map(str, (checkpointing, fp8, int(bf16), *shape, rows))
+    # freed memory goes back to the system at once, so that resident is what is alive
+    done = subprocess.run([sys.executable, '-c', ONE_STEP, *argv], capture_output=True, text=True,
+                          cwd=ROOT, env={**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536'},
+                          check=True)
+    planned = plan.peak_of_a_step(XmodelConfig(*shape), rows, checkpointing, fp8, bf16,
+                                  as_on_gpu=False)
+    assert planned == pytest.approx(int(done.stdout), rel=0.1)
+
+
+def test_memory_is_what_an_h100_took():
+    eager = [row for row in plan.MEASURED if not row[0][1]]
+    assert len(eager) == 6
+    for (fp8, _, again), rows, T, peak, _ in eager:
+        planned = plan.activations(replace(XmodelConfig(), block_size=T), rows, again, fp8)
+        assert planned == pytest.approx(peak, rel=0.03)
+
+
+@pytest.mark.parametrize('again', [False, True])
+def test_two_and_three_blocks_tell_of_all(again):
+    c = XmodelConfig(9, 2, 1, 64, 160, 2**18, 1024)
+    assert plan.activations(c, 3, again, False) == \
+        pytest.approx(plan.peak_of_a_step(c, 3, again), rel=0.01)
+
+
+@pytest.mark.parametrize('vocab_size', [2**18, 2**12])           # the latter's logits are one chunk
+def test_the_largest_micro_batch_fits_and_one_more_row_does_not(vocab_size):
+    c = XmodelConfig(3, 2, 1, 64, 160, vocab_size, 16384)
+    for rows in (1, 5):
+        room = plan.activations(c, rows, False, False)
+        assert plan.most_rows(c, False, False, room) == rows
+    assert plan.most_rows(c, False, False, 1e6) == 0
+
+
+def test_planning_leaves_the_model_as_it_was():
+    before = plan.network.CHUNK, torch.nn.functional.rms_norm
+    plan.peak_of_a_step(C, 1)
+    assert before == (plan.network.CHUNK, torch.nn.functional.rms_norm)
+
+
+@pytest.mark.parametrize('kind', ['adamw', 'muon'])
+def test_state_of_the_optimizers(kind):
+    c = XmodelConfig(3, 2, 1, 64, 160, 512)
+    sizes = {name: p.numel() for name, p in Xmodel(c).named_parameters()}
+    matrices = sum(n for name, n in sizes.items() if re.search(r'qkv|out|gate_up|down', name))
+    rest = sum(sizes.values()) - matrices
+    state, passing = plan.optimizer_bytes(c, kind)
+    right = 8 * (rest + matrices) if kind == 'adamw' else 8 * rest + 4 * matrices
+    assert right <= state < right + 4 * len(sizes) + 4           # AdamW's step counts
+    assert (passing > 4 * matrices / 3) == (kind == 'muon')
+
+
+# --- a phase on some GPUs ---
+
+@pytest.mark.parametrize('kind', ['adamw', 'muon'])
+def test_bytes_sent_are_those_that_the_optimizers_send(monkeypatch, kind):
+    c, sent = XmodelConfig(3, 2, 1, 64, 160, 512), []
+    monkeypatch.setattr(muon, 'ranks', lambda: (1, 4))
+
+    class Work:
+        wait = staticmethod(lambda: None)
+
+    def broadcast(t, source, async_op=False):
+        bf16 = kind == 'muon' and t.dim() == 3                   # U Vᵀ, whatever this CPU has
+        sent.append(t.numel() * (2 if bf16 else 4))
+        return Work
+    monkeypatch.setattr(muon.dist, 'broadcast', broadcast)
+    model = Xmodel(c)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    for optimizer in muon.make_optimizers(kind, model.param_groups()):
+        optimizer.step()
+    monkeypatch.setattr(muon, 'ranks', lambda: (0, 1))
+    told = plan.plan_phase(PHASE | {'optimizer': kind}, c, 4, plan.GPUS['h100'])
+    assert told['sent'] - 8 * model.num_params() == sum(sent)
+
+
+def test_muon_takes_less_than_a_twentieth_of_the_paper_runs_step():
+    c = replace(XmodelConfig(), block_size=PHASE['block_size'])
+    for world in (8, 16, 240):
+        told = plan.plan_phase(PHASE, c, world, plan.GPUS['h100'])
+        assert 0 < told['newton_schulz'] < 0.05 * told['step']
+    one, eight = (plan.plan_phase(PHASE, c, world, plan.GPUS['h100']) for world in (1, 8))
+    assert one['newton_schulz'] / eight['newton_schulz'] == pytest.approx(8, rel=0.01)
+    assert one['state'] == 8 * eight['state'] and one['exposed'] == 0 < eight['exposed']
+    assert eight['days'] == pytest.approx(20_000 * 960 * 3776 / eight['tok_per_s'] / 86_400)
+
+
+def test_a_plan_is_printed_for_a_config():
+    done = run('bench.py', 'config/nano.py', '--plan', '--gpus=2', '--gpu=a100')
+    assert (done.returncode, done.stderr) == (0, '')
+    tables = [line.split(' | ') for line in done.stdout.splitlines() if line.startswith('| ')]
+    told = [row for row in tables if row[0][2:] in ('stable1', 'stable2', 'decay', 'long')]
+    assert len(told) == 3 * 4 and '# 238,144 parameters on 2 x a100' in done.stdout
+    assert [row[2] for row in told[8:]] == ['4 x 128', '8 x 128', '8 x 128', '2 x 512']
+    assert '| 512 | stable1 | 0.00781 (does not divide) |' in done.stdout
+    assert 'Beside measurements' not in done.stdout              # those are of another model
+
+
+@pytest.mark.parametrize('flags, says', [
+    ('--gpus=0', 'gpus=0 should be at least 1'),
+    ('--gpus=many', 'gpus=many'),
+    ('--gpu=h300', "'h300' should be one of 'a100', 'h100'"),
+    ('--gpu=a100', 'an a100 has no FP8 units: --fp8=False'),
+    ('--gpsu=8', "unknown key 'gpsu'"),
+    ('--n_head=7', 'n_head=7 does not divide n_embd=1536'),
+    ('--n_ffn=3841', 'multiples of 16'),
+    ('--micro_batch_tokens=0', 'micro_batch_tokens=0 should be at least 1'),
+    ('--steps_scale=-1', 'steps_scale=-1'),
+    ('config/nothing.py', 'there is no such file'),
+])
+def test_a_mistake_gets_one_line(flags, says):
+    assert says in refused(run('plan.py', *flags.split()))
