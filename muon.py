@@ -49,15 +49,17 @@ def share_out(matrices, world):
     return owner
 
 
-def zeropower_via_newtonschulz5(G, steps=5):
+def zeropower_via_newtonschulz5(G, steps=5, dtype=None):
     """G (..., rows, cols) -> about U Vᵀ of its SVD, same shape; batched over (...).
+
+    dtype: of the products; by default bf16 where the hardware has it.
 
     Iterates X <- a X + (b A + c A²) X with A = X Xᵀ, an odd quintic applied to the singular values.
     The coefficients (Keller Jordan, 2024) are tuned for a steep slope at zero: five steps carry
     singular values of 0.01...1 to about 0.7...1.2, which serves as well as exactly 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = G.to(matmul_dtype(G.device.type))
+    X = G.to(dtype or matmul_dtype(G.device.type))
     if tall := G.size(-2) > G.size(-1):
         X = X.mT                                              # so that X Xᵀ is the smaller product
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)       # all singular values at most 1
@@ -88,9 +90,10 @@ class Muon(torch.optim.Optimizer):
 
     kept = ('momentum_buffer',)                               # state that is as large as a weight
 
-    def __init__(self, params, lr=0.01, momentum=0.95, weight_decay=0.1, split=False):
+    def __init__(self, params, lr=0.01, momentum=0.95, weight_decay=0.1, split=False, dtype=None):
         super().__init__(params, {'lr': lr, 'momentum': momentum, 'weight_decay': weight_decay,
                                   'split': split, 'parts': None})
+        self.dtype = dtype                                    # of Newton–Schulz
         self.owner = share_out([p for group in self.param_groups for p in group['params']],
                                ranks()[1])
 
@@ -117,7 +120,8 @@ class Muon(torch.optim.Optimizer):
     def orthogonalise(self, group, ps):
         """For each rank (its weights among ps, their U Vᵀ, what to wait for or None)."""
         (rank, world), parts, found = ranks(), self.parts_of(group, ps), []
-        dtype, device = matmul_dtype(ps[0].device.type), ps[0].device
+        device = ps[0].device
+        dtype = self.dtype or matmul_dtype(device.type)
         for r in range(world):
             share = [p for p in ps if self.owner[p] == r]
             if not share:
@@ -125,8 +129,8 @@ class Muon(torch.optim.Optimizer):
             if r == rank:
                 u = self.momentum(share, group['momentum'])       # (len(share), rows, cols)
                 # cat also makes one part, which may be a transposed view, contiguous
-                X = torch.cat([zeropower_via_newtonschulz5(part) for part in u.split(parts, dim=1)],
-                              dim=1)
+                X = torch.cat([zeropower_via_newtonschulz5(part, dtype=dtype)
+                               for part in u.split(parts, dim=1)], dim=1)
             else:
                 X = torch.empty(len(share), *ps[0].shape, dtype=dtype, device=device)
             found.append((share, X, dist.broadcast(X, r, async_op=True) if world > 1 else None))
@@ -202,7 +206,7 @@ class AdamW(torch.optim.AdamW):
                                                        parts)])
 
 
-def make_optimizers(kind, groups, betas=(0.9, 0.95), momentum=0.95, split=False):
+def make_optimizers(kind, groups, betas=(0.9, 0.95), momentum=0.95, split=False, dtype=None):
     """Fresh optimizers for Xmodel.param_groups: [AdamW] or, with kind 'muon', [Muon, AdamW].
 
     Muon gets the matrices of the blocks. The embedding, whose rows are looked up one by one, and
@@ -213,7 +217,7 @@ def make_optimizers(kind, groups, betas=(0.9, 0.95), momentum=0.95, split=False)
     matrices = [g | {'lr_mult': g['muon_lr_mult']} for g in groups
                 if g['role'] in ('matrix', 'branch_out')]
     rest = [g for g in groups if g['role'] not in ('matrix', 'branch_out')]
-    return [Muon(matrices, momentum=momentum, split=split), AdamW(rest, betas)]
+    return [Muon(matrices, momentum=momentum, split=split, dtype=dtype), AdamW(rest, betas)]
 
 
 def step_all(optimizers, lrs):

@@ -236,7 +236,7 @@ def optimizer_bytes(c, kind):
     """(state, what a step takes beside it) on one rank."""
     with FakeTensorMode():
         model = Xmodel(c)
-        optimizers = make_optimizers(kind, model.param_groups())
+        optimizers = make_optimizers(kind, model.param_groups(), dtype=torch.bfloat16)
         for _ in range(2):                                       # the first step makes the state
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)
@@ -427,9 +427,7 @@ def main(argv):
     configure(globals(), own)
     check_range(globals(), 1, 2**16, 'gpus')
     configure(vars(train), [a for a in argv if a not in own], default='config/xmodel25.py')
-    check_range(vars(train), 1, 2**63, 'micro_batch_tokens')
-    check_range(vars(train), 0, 2**63, 'steps_scale')
-    train.check_phases(train.phases, train.steps_scale)
+    train.check_knobs(1)
     on = GPUS[gpu]
     if train.fp8 and not on.fp8:
         fail(f'fp8: an {gpu} has no FP8 units: --fp8=False')

@@ -11,6 +11,7 @@ the curriculum. What a run writes is in out_dir: log.jsonl, run.json and checkpo
 """
 import copy
 import faulthandler
+import io
 import itertools
 import json
 import math
@@ -21,7 +22,7 @@ import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import asdict, fields
 from datetime import timedelta
 from pathlib import Path
@@ -249,8 +250,8 @@ def model_config(knobs):
     return XmodelConfig(**shape, block_size=max(phase['block_size'] for phase in knobs['phases']))
 
 
-def main(defaults):
-    knobs = copy.deepcopy(knob_values(globals()))
+def check_knobs(world):
+    """End the program in one line where the knobs cannot be right for so many ranks."""
     check_range(globals(), 1, 2**63, 'log_interval', 'eval_interval', 'eval_rows',
                 'checkpoint_interval', 'micro_batch_tokens')
     check_range(globals(), 1, 2**16, 'fp8_amax_history_len')
@@ -260,13 +261,17 @@ def main(defaults):
     check_range(globals(), -16, 17, 'fp8_margin')
     check_range(globals(), 0, 1, 'beta1', 'beta2', 'momentum')
     check_phases(phases, steps_scale)
+    check_range(globals(), -1, sum(phase['steps'] for phase in phases), 'replay')
+    for phase in phases:
+        if phase['batch'] % world:
+            fail(f'phase {phase["name"]!r}: batch={phase["batch"]} cannot be shared out evenly '
+                 f'among {world} ranks')
+
+
+def main(defaults, knobs, rank, world):
+    """Train with these knobs, which are the globals as well; every rank its share of each batch."""
     total = sum(phase['steps'] for phase in phases)
-    check_range(globals(), -1, total, 'replay')
-    # torchrun sets these; every rank computes its share of the rows of every batch
-    rank, world = (int(os.environ.get(key, n)) for key, n in (('RANK', '0'), ('WORLD_SIZE', '1')))
     say = tqdm.write if rank == 0 else lambda line: None         # beside the progress bar
-    if odd := [phase['name'] for phase in phases if phase['batch'] % world]:
-        fail(f'the batch of phase {odd[0]!r} cannot be shared among {world} ranks')
 
     # --- device and dtype: bf16 matmuls where the hardware has them, fp32 weights everywhere ---
     where = device if device != 'auto' else 'cuda' if torch.cuda.is_available() else \
@@ -442,7 +447,8 @@ def main(defaults):
             drawn, note = windows_before(phases, phase, seed), None
             if optimizers is None or kind != phase['optimizer']:
                 optimizers = make_optimizers(phase['optimizer'], model.param_groups(weight_decay),
-                                             (beta1, beta2), momentum, muon_split)
+                                             (beta1, beta2), momentum, muon_split,
+                                             torch.bfloat16 if bf16 else torch.float32)
                 if kind == phase['optimizer']:
                     try:
                         load_state(optimizers, start.pop('optimizer_state'))
@@ -461,6 +467,8 @@ def main(defaults):
         row = (step - first) * phase['batch'] + rank * share
         micro = [get_batch(data, phase['data'], range(r, r + rows), T, seed, drawn, completion_only)
                  for r in range(row, row + share, rows)]
+        if replay < 0:                                           # tells who hangs, and since when
+            (run / f'heartbeat_{rank}').write_text(f'step {step}, {time.ctime()}\n')
         # (one message for both: how many targets, and whether to end)
         counts = torch.tensor([float(sum(int((y >= 0).sum()) for _, y in micro)),
                                float(len(signals))], device=where)
@@ -509,7 +517,9 @@ def main(defaults):
         else:
             skipped += 1                                         # in a row
             what = (f'it has loss {loss}, gradient norm {grad_norm}'
-                    + (scaling.trace(amax) if scaling else ''))
+                    + (scaling.trace(amax) + '; with FP8 look at the type of the weights (fp32) '
+                       f'and at fp8_amax_history_len={fp8_amax_history_len} (128)'
+                       if scaling else ''))
             say(f'step {step} is skipped: {what}; --replay={step} looks at it again')
             model.zero_grad()
         seconds = time.time() - began
@@ -588,8 +598,9 @@ def main(defaults):
                  f'finite: {what}; try a lower learning_rate')
     if step < total:
         number = signals[0][0] if signals else signal.SIGTERM
-        say(f'stopped by {signal.Signals(number).name} at step {step}, which is saved: --resume '
-            'goes on')
+        say(f'stopped by {signal.Signals(number).name} '
+            + (f'at step {step}, which is saved' if checkpoints(run) else 'before its first step')
+            + ': --resume goes on')
         sys.exit(128 + number)
     if replay >= 0:
         say(f'step {replay}: rows {rows_of_step[0]} to {rows_of_step[1] - 1} of phase '
@@ -600,11 +611,15 @@ def main(defaults):
 
 if __name__ == '__main__':
     defaults = knob_values(globals())
-    configure(globals(), default='config/proxy20m.py')
+    rank, world = (int(os.environ.get(key, n)) for key, n in (('RANK', '0'), ('WORLD_SIZE', '1')))
+    with nullcontext() if rank == 0 else redirect_stderr(io.StringIO()):     # rank 0 tells for all
+        configure(globals(), default='config/proxy20m.py')
+        knobs = copy.deepcopy(knob_values(globals()))
+        check_knobs(world)
     if sys.stdout:
         sys.stdout.reconfigure(line_buffering=True)              # a job's log shows what goes on
     try:
-        main(defaults)
+        main(defaults, knobs, rank, world)
     except OSError as e:                                         # disk full, folder not writable
         fail(f'{e.filename or out_dir}: {e.strerror}; what was saved before is whole')
     except KeyboardInterrupt:
