@@ -25,9 +25,9 @@ from pathlib import Path
 CHOICE = r"(?:'[^']*'|True|False|-?\d+(?:\.\d+)?)"
 
 
-def fail(message, script=None):
+def fail(message):
     """End the program for a user's mistake: `SCRIPT.py: message` in one line, exit code 2."""
-    print(f'{Path(script or sys.argv[0]).name}:', *str(message).splitlines(), file=sys.stderr)
+    print(f'{Path(sys.argv[0]).name}:', *str(message).splitlines(), file=sys.stderr)
     sys.exit(2)
 
 
@@ -168,5 +168,5 @@ def configure(knobs, argv=None, default=None, positional=()):
             at += '' if given else ' (without =VALUE)'
             values = put(values, key.split('.'), text if given else True, choices.get(key), {})
     except ValueError as e:
-        fail(f'{at}: {e}', script)
+        fail(f'{at}: {e}')
     knobs.update(values)

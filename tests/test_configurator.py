@@ -46,6 +46,7 @@ KNOBS = ['out_dir', 'resume', 'seed', 'lr', 'beta1', 'beta2', 'dtype', 'compile'
 def run(tmp_path, monkeypatch):
     """run(*argv, **config files) configures a fresh copy of SCRIPT and returns its globals."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['train.py'])
 
     def run(*argv, default=None, positional=(), **files):
         for name, text in files.items():

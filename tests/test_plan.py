@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, refused, run
+from conftest import ROOT, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import (
     FlopCounterMode,
@@ -197,19 +197,3 @@ def test_a_plan_is_printed_for_a_config():
     assert [row[2] for row in told[8:]] == ['4 x 128', '8 x 128', '8 x 128', '2 x 512']
     assert '| 512 | stable1 | 0.00781 (does not divide) |' in done.stdout
     assert 'Beside measurements' not in done.stdout              # those are of another model
-
-
-@pytest.mark.parametrize('flags, says', [
-    ('--gpus=0', 'gpus=0 should be at least 1'),
-    ('--gpus=many', 'gpus=many'),
-    ('--gpu=h300', "'h300' should be one of 'a100', 'h100'"),
-    ('--gpu=a100', 'an a100 has no FP8 units: --fp8=False'),
-    ('--gpsu=8', "unknown key 'gpsu'"),
-    ('--n_head=7', 'n_head=7 does not divide n_embd=1536'),
-    ('--n_ffn=3841', 'multiples of 16'),
-    ('--micro_batch_tokens=0', 'micro_batch_tokens=0 should be at least 1'),
-    ('--steps_scale=-1', 'steps_scale=-1'),
-    ('config/nothing.py', 'there is no such file'),
-])
-def test_a_mistake_gets_one_line(flags, says):
-    assert says in refused(run('plan.py', *flags.split()))

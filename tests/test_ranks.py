@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SERVER, free_port, log, run_ranks, same
+from conftest import ROOT, SERVER, free_port, log, refused, run_ranks, same
 from test_train import stop
 from torch.utils.flop_counter import FlopCounterMode
 
 import muon
 from checkpoint import checkpoints, read_checkpoint
+from configurator import run_config
 from model import Xmodel, XmodelConfig
 
 # 60 steps over the change to Muon, at step 24, and of the length, at step 48
@@ -67,6 +68,37 @@ def test_ranks_train_as_one(trained, world, more):
 def test_a_run_goes_on_with_another_number_of_ranks(trained, before, after):
     at = trained(before) / 'step_36.pt'                          # in the midst of Muon's phase
     agree(trained(after, f'--init_from={at}'), trained(1), first=36)
+
+
+def test_the_paper_run_starts_on_eight_ranks_and_goes_through_its_phases(data_dir, tmp_path):
+    names = {'sft-mixed', *run_config(str(ROOT / 'config/xmodel25.py'), {})[0]['_stable']}
+    for name in names:
+        (tmp_path / name).symlink_to(data_dir / 'stdlib')
+    small = [f'--phases.{name}.{key}={value}' for name, batch, T in (
+        ('stable1', 8, 64), ('stable2', 16, 64), ('decay', 16, 80), ('long', 8, 256))
+        for key, value in (('batch', batch), ('block_size', T))]
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=8',
+         'train.py', 'config/xmodel25.py', *small, '--n_layer=2', '--n_head=6', '--n_kv_head=2',
+         '--n_embd=96', '--n_ffn=240', '--vocab_size=512', '--steps_scale=1e-5', '--eval_rows=1',
+         f'--data_dir={tmp_path}', f'--out_dir={tmp_path / "run"}'],
+        cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = log(tmp_path / 'run')
+    assert [line['phase'] for line in lines] == \
+        ['stable1'] * 3 + ['stable2'] * 3 + ['decay', 'long']
+    assert [line['tokens'] for line in lines][2:] == [1536, 2560, 3584, 4608, 5888, 7936]
+    assert lines[-1]['loss'] < lines[0]['loss'] and not any('skipped' in line for line in lines)
+    assert lines[6]['note'] == 'optimizer adamw -> muon, with fresh state'
+    assert [f.name for f in checkpoints(tmp_path / 'run')] == [f'step_{n}.pt' for n in (3, 6, 7, 8)]
+    assert json.loads((tmp_path / 'run/run.json').read_text())['ranks'] == 8
+    assert done.stdout.count('step 6: phase decay') == 1
+
+
+def test_a_wrong_knob_is_told_once(tiny):
+    told = run_ranks(2, 'train.py', *tiny, '--phases.stable.batch=3')
+    assert [process.returncode for process in told] == [2, 2] and told[1].stderr == ''
+    assert "phase 'stable': batch=3 cannot be shared out evenly among 2 ranks" in refused(told[0])
 
 
 def test_a_signal_to_torchrun_ends_all_ranks_after_a_checkpoint(tiny, trained, tmp_path):

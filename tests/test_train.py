@@ -410,6 +410,23 @@ WRONG = {   # name: (script, arguments from (tmp_path, tiny_run, data_dir), what
     'no source': ('data_prep.py', lambda t, r, d: [t / 'none'], 'none'),
     'V too small': ('data_prep.py', lambda t, r, d: ['arith', '--vocab_size=100',
                                                      f'--out_dir={t / "x"}'], 'vocab_size=100'),
+    'no GPU': ('plan.py', lambda t, r, d: ['--gpus=0'], 'gpus=0 should be at least 1'),
+    'GPUs as text': ('plan.py', lambda t, r, d: ['--gpus=many'], 'gpus=many'),
+    'no such GPU': ('plan.py', lambda t, r, d: ['--gpu=h300'], "'a100', 'h100'"),
+    'a GPU without FP8': ('plan.py', lambda t, r, d: ['--gpu=a100'], '--fp8=False'),
+    'unknown key of a plan': ('plan.py', lambda t, r, d: ['--gpsu=8'], "unknown key 'gpsu'"),
+    'heads of a plan': ('plan.py', lambda t, r, d: ['--n_head=7'], 'does not divide n_embd=1536'),
+    'sizes for FP8': ('plan.py', lambda t, r, d: ['--n_ffn=3841'], 'multiples of 16'),
+    'no tokens': ('plan.py', lambda t, r, d: ['--micro_batch_tokens=0'], 'micro_batch_tokens=0'),
+    'steps_scale': ('plan.py', lambda t, r, d: ['--steps_scale=-1'], 'steps_scale=-1'),
+    'no config of a plan': ('plan.py', lambda t, r, d: ['config/nothing.py'], 'no such file'),
+    'a plan of a model alone': ('bench.py', lambda t, r, d: ['--plan', '--rounds=2'], "'rounds'"),
+    'unknown variant': ('bench.py', lambda t, r, d: ['--variants=ours'], "'ours' should be one"),
+    'unknown rule': ('coord_check.py', lambda t, r, d: ['--break=lr'], "mup_break='lr'"),
+    'no grid': ('sweep.py', lambda t, r, d: ['transfer', '--widths=wide'], "widths='wide'"),
+    'no run to draw': ('plot.py', lambda t, r, d: [t / 'none'], 'none'),
+    'nothing to export': ('export.py', lambda t, r, d: [t / 'none', t / 'hf'], 'none'),
+    'no checkpoint to show': ('checkpoint.py', lambda t, r, d: [t / 'none'], 'does not exist'),
 }
 
 
