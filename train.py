@@ -49,7 +49,7 @@ from configurator import check_range, configure, fail, knob_values
 from data_prep import get_batch, get_windows, open_data, prepare_missing, windows_before
 from fp8 import E4M3, E5M2, convert_to_float8
 from model import Xmodel, XmodelConfig
-from muon import gather_state, has_bf16, load_state, make_optimizers, step_all
+from muon import gather_state, has_bf16, load_state, make_optimizers, ranks, step_all
 
 # --- run ---
 out_dir = 'out/run'           # folder of this run; never overwrites another's
@@ -200,19 +200,23 @@ def check_phases(phases, steps_scale=1.0):
 
 def evaluate(model, data, phase, rows, device, autocast):
     """data set -> mean loss in nats over eval_rows windows, spread over its validation split."""
-    losses, T = {}, phase['block_size']
+    losses, T, (rank, world) = {}, phase['block_size'], ranks()
     for name in phase['data']:
         there = data[name].n_windows('val', T)
         n = min(eval_rows, there)
-        total = count = 0
-        for i in range(0, max(1, n - n % rows), rows):           # whole micro-batches: one shape
+        found = torch.zeros(2, dtype=torch.float64)              # sum of losses, how many
+        # whole micro-batches, of one shape; each rank has some of them
+        for i in range(rank * rows, max(1, n - n % rows), world * rows):
             windows = [j * there // n for j in range(i, min(i + rows, n))]
             x, y = get_windows(data[name], 'val', windows, T, completion_only)
             with torch.no_grad(), autocast:
                 loss = model(x.to(device), y.to(device))[1].item()
             targets = int((y >= 0).sum())
-            total, count = total + loss * targets, count + targets
-        losses[name] = total / max(1, count)
+            found += torch.tensor([loss * targets, targets], dtype=torch.float64)
+        if world > 1:
+            found = found.to(device)
+            dist.all_reduce(found)
+        losses[name] = (found[0] / found[1].clamp(min=1)).item()
     return losses
 
 

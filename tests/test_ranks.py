@@ -60,6 +60,9 @@ def moments_agree(ours, theirs):
 @pytest.mark.parametrize('world, more', [(2, ()), (4, ()), (2, ('--micro_batch_tokens=64',))])
 def test_ranks_train_as_one(trained, world, more):
     agree(trained(world, *more), trained(1))
+    ours, theirs = ([line['val_losses'] for line in log(trained(*run)) if 'val_losses' in line]
+                    for run in ((world, *more), (1,)))
+    assert len(theirs) == 3 and ours == [pytest.approx(losses, rel=1e-4) for losses in theirs]
     moments_agree(*(read_checkpoint(trained(n, *m) / 'step_24.pt')       # AdamW's of all
                     for n, m in ((world, more), (1, ()))))
 
