@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, redirect_stderr
+from contextlib import nullcontext, redirect_stderr, suppress
 from dataclasses import asdict, fields
 from datetime import timedelta
 from pathlib import Path
@@ -245,13 +245,38 @@ def tell_of_gradients(model, say):
 def keep_checkpoint(path, state, ends):
     """Write a checkpoint; then delete those before it that are no longer to be kept."""
     write_checkpoint(path, state)
-    prune(path.parent, keep, ends)
+    if all(t.isfinite().all() for t in state['model'].values()):  # else they are the way back
+        prune(path.parent, keep, ends)
 
 
 def model_config(knobs):
     """The XmodelConfig of these knobs; ValueError where no such model can be."""
     shape = {f.name: knobs[f.name] for f in fields(XmodelConfig) if f.name in knobs}
     return XmodelConfig(**shape, block_size=max(phase['block_size'] for phase in knobs['phases']))
+
+
+def read_start(path, config, check=True):
+    """The checkpoint `path`; ValueError, in one line, where this model cannot go on from it."""
+    start = read_checkpoint(path, check)
+    if (own := Path(start['path']).with_name('tokenizer.json')).exists():
+        raise ValueError(f'{own}: a model with a tokenizer of its own cannot read our data sets')
+    for line in changes(asdict(start['config']), asdict(config)):
+        if not line.startswith(('block_size', 'muon_lr_scaling')):
+            raise ValueError(f'{start["path"]} holds another model than this config: {line}')
+    odd = [name for name, t in start['model'].items() if not t.isfinite().all()]
+    if odd and replay < 0:                                       # which may look for their cause
+        raise ValueError(f'{start["path"]}: {odd[0]} has values that are not finite')
+    return start
+
+
+def way_on(there, config):
+    """What to do where a run's last checkpoint is none to go on from; '' if no other is."""
+    for n in range(len(there) - 1, 0, -1):
+        with suppress(ValueError):
+            read_start(there[n - 1], config)
+            return (f'; --resume without {", ".join(file.name for file in there[n:])} goes on from '
+                    f'{there[n - 1].name}')
+    return ''
 
 
 def check_knobs(world):
@@ -315,10 +340,11 @@ def main(defaults, knobs, rank, world):
                 fail(f'fp8: block_size of phase {odd[0]!r} should be a multiple of 16')
             with torch.device('meta'):
                 convert_to_float8(Xmodel(config))
-        start = read_checkpoint(there[-1] if resuming else init_from, rank == 0) \
-            if resuming or init_from else None
-        if start and (own := Path(start['path']).with_name('tokenizer.json')).exists():
-            fail(f'{own}: a model with a tokenizer of its own cannot read our data sets')
+        try:
+            start = read_start(there[-1] if resuming else init_from, config, rank == 0) \
+                if resuming or init_from else None
+        except ValueError as e:
+            fail(f'{e}{way_on(there, config) if resume else ""}')
         if rank == 0:
             prepare_missing(data_dir, names, sources, vocab_size)
         if world > 1:
@@ -329,8 +355,7 @@ def main(defaults, knobs, rank, world):
             for name, split in itertools.product(phase['data'], ('train', 'val')):
                 data[name].n_windows(split, phase['block_size'])
     except ValueError as e:
-        fail(f'{e}; --resume without this file goes on from {there[-2].name}'
-             if 'checksums' in str(e) and resuming and there[1:] else e)
+        fail(e)
     knobs['data'] = {name: data[name].meta['train']['sha256'] for name in names}
 
     torch.manual_seed(seed)
@@ -339,9 +364,6 @@ def main(defaults, knobs, rank, world):
     recent, watch = [], (-50, 0.0)          # last losses; (change of optimizer, limit after it)
     proxy = read_log(reference) if reference else []
     if start:
-        for line in changes(asdict(start['config']), asdict(config)):
-            if not line.startswith(('block_size', 'muon_lr_scaling')):
-                fail(f'{start["path"]} holds another model than this config: {line}')
         # a knob that there was not then has its default
         for line in changes(defaults | start['knobs'], knobs) if resuming else ():
             if line.split(':')[0].split('.')[0] not in FREE:
