@@ -393,6 +393,25 @@ def open_data(data_dir, names, vocab_size, sources=None):
     return data
 
 
+def check_ids(data_dir, data):
+    """ValueError, in one line, where ids of {name: Dataset} are not as written, or are none.
+
+    Splits of over 4 GB, the work of two seconds, are taken as they are.
+    """
+    for name, dataset in data.items():
+        for split, ids in dataset.tokens.items():
+            folder, V = Path(data_dir, name), dataset.meta['vocab_size']
+            if ids.nbytes > 4e9:
+                continue
+            if hashlib.sha256(ids).hexdigest() != dataset.meta[split].get('sha256'):
+                raise ValueError(f'{folder}/{split}.bin is not what was written, by the sha256 in '
+                                 f'meta.json: python data_prep.py SOURCE --out_dir={folder} '
+                                 f'--vocab_size={V} --overwrite')
+            if ids.max() >= V:
+                raise ValueError(f'{folder}/{split}.bin has the id {ids.max()}, which is not below '
+                                 f'vocab_size={V}')
+
+
 def get_windows(dataset, split, windows, T, completion_only=False):
     """Inputs x and targets y, int64 (R, T) each, of the windows with these numbers.
 

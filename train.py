@@ -46,7 +46,14 @@ from checkpoint import (
     write_checkpoint,
 )
 from configurator import check_range, configure, fail, knob_values
-from data_prep import get_batch, get_windows, open_data, prepare_missing, windows_before
+from data_prep import (
+    check_ids,
+    get_batch,
+    get_windows,
+    open_data,
+    prepare_missing,
+    windows_before,
+)
 from fp8 import E4M3, E5M2, convert_to_float8
 from model import Xmodel, XmodelConfig
 from muon import gather_state, has_bf16, load_state, make_optimizers, ranks, step_all
@@ -357,6 +364,8 @@ def main(defaults, knobs, rank, world):
     except ValueError as e:
         fail(e)
     knobs['data'] = {name: data[name].meta['train']['sha256'] for name in names}
+        if rank == 0:
+            check_ids(data_dir, data)
 
     torch.manual_seed(seed)
     model = Xmodel(config).to(where)
