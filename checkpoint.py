@@ -215,8 +215,9 @@ def begin_folder(run, step, about):
             kept.append(line)
     elif log.exists():
         os.replace(log, run / 'log.old')
-    replace_file(log, lambda f: f.write(''.join(kept).encode()))
+    # the log last: without one, a disk that is full by now leaves no run that would be in the way
     replace_file(run / 'run.json', lambda f: f.write(json.dumps(about, indent=1).encode()))
+    replace_file(log, lambda f: f.write(''.join(kept).encode()))
 
 
 def changes(old, new, path=''):

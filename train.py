@@ -240,6 +240,14 @@ def reference_gap(proxy, recent, tokens, step_tokens):
     return statistics.fmean(recent) - statistics.fmean(theirs) if theirs else None
 
 
+def tell(line):
+    """Print a line beside the progress bar; that stdout takes none (a full disk) ends no run."""
+    try:
+        tqdm.write(line)
+    except OSError:                                              # log.jsonl has every step
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def tell_of_gradients(model, say):
     """Say which parameters have the largest gradients, and whose are not finite."""
     norms = {name: p.grad.norm().item() for name, p in model.named_parameters()}
@@ -307,7 +315,7 @@ def check_knobs(world):
 def main(defaults, knobs, rank, world):
     """Train with these knobs, which are the globals as well; every rank its share of each batch."""
     total = sum(phase['steps'] for phase in phases)
-    say = tqdm.write if rank == 0 else lambda line: None         # beside the progress bar
+    say = tell if rank == 0 else lambda line: None
 
     # --- device and dtype: bf16 matmuls where the hardware has them, fp32 weights everywhere ---
     where = device if device != 'auto' else 'cuda' if torch.cuda.is_available() else \
@@ -333,7 +341,6 @@ def main(defaults, knobs, rank, world):
     if replay >= 0:
         if not (run / 'run.json').exists():
             fail(f'{run} holds no run whose step could be looked at again')
-        told = json.loads((run / 'run.json').read_text())
         there = [file for file in there if int(file.stem[5:]) <= replay]
         total = replay + 1
     elif not resume and (log_file.exists() or there):
@@ -357,6 +364,8 @@ def main(defaults, knobs, rank, world):
         if world > 1:
             dist.barrier()
         data = open_data(data_dir, names, vocab_size, sources)
+        if rank == 0:
+            check_ids(data_dir, data)
         for phase in phases:
             get_batch(data, phase['data'], [0], phase['block_size'], seed)     # weights are fit
             for name, split in itertools.product(phase['data'], ('train', 'val')):
@@ -364,8 +373,6 @@ def main(defaults, knobs, rank, world):
     except ValueError as e:
         fail(e)
     knobs['data'] = {name: data[name].meta['train']['sha256'] for name in names}
-        if rank == 0:
-            check_ids(data_dir, data)
 
     torch.manual_seed(seed)
     model = Xmodel(config).to(where)
@@ -391,6 +398,12 @@ def main(defaults, knobs, rank, world):
             fail(f'{start["path"]} is at step {step} of {total}: nothing is left to do'
                  + (' (--init_step=0 starts anew with its weights)' if not resuming else ''))
     if replay >= 0 and not there:                                # then from where it began
+        try:
+            told = json.loads((run / 'run.json').read_text())
+            told = {'knobs': dict(told['knobs']), 'first_step': told['first_step']}
+        except (ValueError, LookupError, TypeError):
+            fail(f'{run}/run.json is damaged, and there is no checkpoint at or before step '
+                 f'{replay} to begin with')
         now, then = ({k: v for k, v in found.items() if k not in FREE - {'init_from'}}
                      for found in (json.loads(json.dumps(knobs)), told['knobs']))
         if now != then or step != told['first_step']:
@@ -465,9 +478,9 @@ def main(defaults, knobs, rank, world):
 
     def on_signal(number, _):
         # Ctrl-C for the second time; but torchrun passes the first one on to those who had it
-        if number == signal.SIGINT and signals and time.time() - signals[0][1] > 1:
+        if number == signal.SIGINT and signals and time.monotonic() - signals[0][1] > 1:
             raise KeyboardInterrupt
-        signals.append((number, time.time()))
+        signals.append((number, time.monotonic()))
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
@@ -521,7 +534,7 @@ def main(defaults, knobs, rank, world):
                 torch._foreach_zero_(scaling.amaxes)             # those of that trial
 
         # --- forward and backward: each micro-batch weighs as many targets as it has ---
-        began = time.time()
+        began = time.perf_counter()                              # which nobody sets back
         loss = torch.zeros((), device=where)
         if scaling:
             scaling.watch(fp8_monitor and step % log_interval == 0)
@@ -557,7 +570,7 @@ def main(defaults, knobs, rank, world):
                        if scaling else ''))
             say(f'step {step} is skipped: {what}; --replay={step} looks at it again')
             model.zero_grad()
-        seconds = time.time() - began
+        seconds = time.perf_counter() - began
 
         # --- log ---
         step_tokens = phase['batch'] * T
@@ -633,8 +646,8 @@ def main(defaults, knobs, rank, world):
                  f'finite: {what}; try a lower learning_rate')
     if step < total:
         number = signals[0][0] if signals else signal.SIGTERM
-        say(f'stopped by {signal.Signals(number).name} '
-            + (f'at step {step}, which is saved' if checkpoints(run) else 'before its first step')
+        say(f'stopped by {signal.Signals(number).name} at step {step}, '
+            + ('which is saved' if checkpoints(run) else 'with nothing to save')
             + ': --resume goes on')
         sys.exit(128 + number)
     if replay >= 0:
