@@ -35,7 +35,8 @@ log_interval, eval_interval, eval_rows, checkpoint_interval = 1, 6, 8, 3
 os.environ['HF_ENDPOINT'] = 'http://127.0.0.1:9'                 # no test reaches the hub
 # forks processes that have imported what takes seconds, and have done nothing else
 SERVER = multiprocessing.get_context('forkserver')
-SERVER.set_forkserver_preload(['torch', 'numpy', 'tiktoken', 'tqdm', 'lm_eval.evaluator'])
+SERVER.set_forkserver_preload(['torch', 'torch._dynamo', 'numpy', 'tiktoken', 'tqdm',
+                               'lm_eval.evaluator'])
 
 
 def be(argv, cwd, files, env=()):
@@ -117,28 +118,40 @@ def same(a, b):
     return a == b
 
 
-@pytest.fixture(scope='session')
-def data_dir(tmp_path_factory):
-    """A folder with the data sets of TINY."""
-    folder = tmp_path_factory.mktemp('data')
+def make_data(folder):
+    """Make the data sets of TINY in a folder."""
     for name, option in (('stdlib', '--max_mb=0.5'), ('arith', '--num_docs=2000')):
         done = run('data_prep.py', name, option, '--vocab_size=512', f'--out_dir={folder / name}')
         assert done.returncode == 0, done.stderr
     return folder
 
 
+def make_config(file, data_dir):
+    """Arguments of train.py for the tiny curriculum on these data."""
+    file.write_text(TINY + f'data_dir = {os.fspath(data_dir)!r}\n')
+    return [str(file)]
+
+
+def make_run(folder, tiny):
+    """A finished, unbroken run of the tiny curriculum in a folder."""
+    done = run('train.py', *tiny, f'--out_dir={folder}')
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope='session')
+def data_dir(tmp_path_factory):
+    """A folder with the data sets of TINY."""
+    return make_data(tmp_path_factory.mktemp('data'))
+
+
 @pytest.fixture(scope='session')
 def tiny(tmp_path_factory, data_dir):
     """Arguments of train.py for the tiny curriculum."""
-    config = tmp_path_factory.mktemp('config') / 'tiny.py'
-    config.write_text(TINY + f'data_dir = {os.fspath(data_dir)!r}\n')
-    return [str(config)]
+    return make_config(tmp_path_factory.mktemp('config') / 'tiny.py', data_dir)
 
 
 @pytest.fixture(scope='session')
 def tiny_run(tmp_path_factory, tiny):
     """The folder of a finished, unbroken run of the tiny curriculum."""
-    folder = tmp_path_factory.mktemp('out') / 'tiny'
-    done = run('train.py', *tiny, f'--out_dir={folder}')
-    assert done.returncode == 0, done.stderr
-    return folder
+    return make_run(tmp_path_factory.mktemp('out') / 'tiny', tiny)
