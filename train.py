@@ -10,6 +10,7 @@ A config file and then --key=value override the knobs below; --phases.NAME.KEY=v
 the curriculum. What a run writes is in out_dir: log.jsonl, run.json and checkpoints, step_N.pt.
 """
 import copy
+import ctypes
 import faulthandler
 import io
 import itertools
@@ -453,6 +454,9 @@ def main(defaults, knobs, rank, world):
 
     # --- the loop ---
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    # never freed: with it would go gloo's group, which with Python's lock waits for its threads to
+    # end, of which one may want that lock to drop a tensor, so that a finished rank would hang
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(net))
     if world > 1 and reduce_dtype == 'bfloat16':
         # in a lambda, as DDP takes it by its own name with NCCL alone, though gloo can do it, too
         net.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
