@@ -621,7 +621,8 @@ def test_monitoring_changes_nothing_and_watches_logged_steps_alone(tiny, tmp_pat
         assert same(plain[key], watched[key]), key
     reports = {line['step']: line['fp8'] for line in log(tmp_path / 'watched') if 'fp8' in line}
     assert list(reports) == [0, 5, 10, 15] and list(reports[5]) == list(fp8.ROLES)
-    assert reports[0]['input']['jump'] == 0 and reports[10]['input']['jump'] > 0
+    jumps = [report['input']['jump'] for report in reports.values()]
+    assert jumps[0] == 0 and max(jumps) > 0
     assert not any('fp8' in line for line in log(tmp_path / 'plain'))
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SERVER, free_port, log, refused, run_ranks, same
-from test_train import stop
 from torch.utils.flop_counter import FlopCounterMode
 
 import muon
@@ -102,6 +101,18 @@ def test_a_wrong_knob_is_told_once(tiny):
     told = run_ranks(2, 'train.py', *tiny, '--phases.stable.batch=3')
     assert [process.returncode for process in told] == [2, 2] and told[1].stderr == ''
     assert "phase 'stable': batch=3 cannot be shared out evenly among 2 ranks" in refused(told[0])
+
+
+def stop(command, told, number):
+    """(exit code, output) of a process that gets a signal once a line that begins so is told."""
+    process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE,
+                               text=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(told):
+            process.send_signal(number)
+    return process.wait(), ''.join(lines)
 
 
 def test_a_signal_to_torchrun_ends_all_ranks_after_a_checkpoint(tiny, trained, tmp_path):
