@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ def damaged(path):
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() is not None
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError):
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError):
         return True
 
 
@@ -66,6 +67,9 @@ def write_checkpoint(path, state):
     def write(f):
         torch.save(state, f)
         f.flush()
+        os.fsync(f.fileno())
+        if hasattr(os, 'posix_fadvise'):                       # read from the disk, not from memory
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if damaged(f.name):
             raise OSError(errno.EIO, 'what was written does not read back')
 
@@ -203,11 +207,13 @@ def made_by():
 
 
 def begin_folder(run, step, about):
-    """Keep of the run's log the lines before `step`, write run.json.
+    """Keep of the run's log the lines before `step`, and no heartbeats; write run.json.
 
     A log that would lose lines though there was no checkpoint to go on from is kept as log.old.
     """
     log, kept = run / 'log.jsonl', []
+    for beat in run.glob('heartbeat_*'):                           # there may be fewer ranks now
+        beat.unlink()
     if log.exists() and step:
         for line in log.read_text().splitlines(keepends=True):
             if not re.match(r'{"step": \d+,.*}\n', line) or json.loads(line)['step'] >= step:

@@ -278,7 +278,7 @@ class Xmodel(nn.Module):
             with autocast:
                 loss = self(x, y)[1]
             loss.backward()
-            self.zero_grad()
+            self.zero_grad(set_to_none=False)                      # DDP's buckets hold them
             return loss.item()
 
         eager, began, trouble = loss_of_a_step(False), time.time(), ''
@@ -290,7 +290,7 @@ class Xmodel(nn.Module):
             return (f'compiled for {x.size(0)} x {x.size(1)} tokens, {time.time() - began:.0f} s: '
                     f'loss {compiled:.4f}, eager {eager:.4f}')
         self.set_compiled(False)                                   # here also where loss is NaN
-        self.zero_grad()
+        self.zero_grad(set_to_none=False)
         return f'compiled loss {compiled:.4f}, eager {eager:.4f}{trouble}: going on in eager mode'
 
     def param_groups(self, weight_decay=0.1):

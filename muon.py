@@ -182,11 +182,6 @@ class AdamW(torch.optim.AdamW):
         rank, world = ranks()
         return t.tensor_split(world)[rank]
 
-    def zero_grad(self):
-        for group in self.param_groups:
-            for part, p in zip(group['params'], group['whole']):
-                part.grad = p.grad = None
-
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -197,13 +192,13 @@ class AdamW(torch.optim.AdamW):
         whole = [p.detach() for group in self.param_groups for p in group['whole']]
         for r in range(world) if world > 1 else ():                # one message a rank
             parts = [p.tensor_split(world)[r] for p in whole]
-            n = sum(part.numel() for part in parts)
+            sizes = [part.numel() for part in parts]
             flat = torch.cat([part.flatten() for part in parts]) if r == rank else \
-                parts[0].new_empty(n)
+                parts[0].new_empty(sum(sizes))
             dist.broadcast(flat, r)
-            torch._foreach_copy_(parts, [
-                new.view_as(part) for new, part in zip(flat.split([part.numel() for part in parts]),
-                                                       parts)])
+            torch._foreach_copy_(parts, [new.view_as(part)
+                                         for new, part in zip(flat.split(sizes), parts)])
+            del flat                                               # before there is the next
 
 
 def make_optimizers(kind, groups, betas=(0.9, 0.95), momentum=0.95, split=False, dtype=None):
@@ -226,7 +221,8 @@ def step_all(optimizers, lrs):
         for group in optimizer.param_groups:
             group['lr'] = lrs[group['lr_knob']] * group['lr_mult']
         optimizer.step()
-        optimizer.zero_grad()
+    # in place, as they lie in DDP's buckets
+    torch._foreach_zero_([p.grad for _, _, p, _ in parameters_of(optimizers) if p.grad is not None])
 
 
 # --------------------------------------------------------------------------------------------------

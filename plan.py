@@ -13,6 +13,7 @@ import itertools
 import math
 import shlex
 import sys
+import textwrap
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import replace
@@ -52,7 +53,7 @@ GPUS = {'a100': GPU(312e12, 0.0, 2.04e12, 85e9, 300e9),
         'h100': GPU(989e12, 1979e12, 3.35e12, 85e9, 450e9),
         'h200': GPU(989e12, 1979e12, 4.8e12, 150e9, 450e9),
         'b200': GPU(2250e12, 4500e12, 7.7e12, 190e9, 900e9)}
-NETWORK = 50e9                   # between nodes, bytes/s a GPU each way: 400 Gb/s
+NETWORK = 8 * 50e9               # of a node, bytes/s each way: 8 cards, which NCCL uses together
 SHARED = 0.8                     # of link or network, that large collectives reach: assumed
 ROOM = 0.9                       # of a GPU's memory; the rest is for CUDA, NCCL and gaps
 
@@ -256,7 +257,8 @@ def optimizer_bytes(c, kind):
 
 def seconds_to_receive(sent, world, on):
     """Until every rank has had its part of `sent` bytes from the others, as in a ring."""
-    return sent * (world - 1) / world / (on.link if world <= 8 else NETWORK) / SHARED
+    slowest = on.link if world <= 8 else min(on.link, NETWORK)
+    return sent * (world - 1) / world / slowest / SHARED
 
 
 def plan_phase(phase, c, world, on):
@@ -321,6 +323,11 @@ def table(*rows):
     print()
 
 
+def say(text, end='\n\n', indent=''):
+    """Print a paragraph, or a point of a list."""
+    print(textwrap.fill(text, 100, subsequent_indent=indent, break_on_hyphens=False), end=end)
+
+
 def gb(size):
     return f'{size / 1e9:.1f}'
 
@@ -330,73 +337,76 @@ def tell(c, plans, on):
     ours = plans[gpus]
     with torch.device('meta'):
         P = Xmodel(c).num_params()
-    print(f'# {P:,} parameters on {gpus} x {gpu}\n\n'
-          f'Blocks in {"FP8" if train.fp8 else "bf16"}, activation checkpointing '
-          f'{"on" if train.activation_checkpointing else "off"}, gradients added up in '
-          f'{train.reduce_dtype}, at most {train.micro_batch_tokens:,} tokens a micro-batch.\n'
-          f'Printed by `python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`.\n\n'
-          '## Memory of a GPU, GB\n\n'
-          '"Activations" is all that forward and backward hold at their peak beside weights and\n'
-          'gradients, in eager mode (compiled blocks hold less: see the last table), with the\n'
-          'logits of one chunk, which is told by itself as well. "Passing" is what the optimizer\n'
-          'takes while it steps, when activations are gone. The largest micro-batch leaves '
-          f'{1 - ROOM:.0%} of\n{gb(on.memory)} GB for CUDA, NCCL and gaps.\n')
+    print(f'# {P:,} parameters on {gpus} x {gpu}\n')
+    say(f'Printed by `python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`. '
+        f'Blocks in {"FP8" if train.fp8 else "bf16"}, activation checkpointing '
+        f'{"on" if train.activation_checkpointing else "off"}, gradients added up in '
+        f'{train.reduce_dtype}, at most {train.micro_batch_tokens:,} tokens a micro-batch.')
+    print('## Memory of a GPU, GB\n')
+    say('"Activations" is all that forward and backward hold at their peak beside weights and '
+        'gradients, in eager mode (compiled blocks hold less: see the last table). A chunk of '
+        'logits, in fp32, is part of it. "Passing" is what the optimizer takes while it steps, '
+        f'when activations are gone. The largest micro-batch leaves {1 - ROOM:.0%} of '
+        f'{gb(on.memory)} GB for CUDA, NCCL and gaps.')
     table(('phase', 'micro-batch', 'weights', 'gradients', 'optimizer', 'activations', 'a chunk',
            'passing', 'at the peak', 'largest micro-batch'),
           *((p['name'], f'{p["rows"]} x {p["T"]}', gb(p['weights']), gb(p['gradients']),
              gb(p['state']), gb(p['activations']), gb(p['chunk']), gb(p['passing']),
              gb(p['memory']), f'{p["most_rows"]} x {p["T"]}') for p in ours))
     kinds = list(itertools.product((False, True), (False, True)))
-    print('Activations of these micro-batches, in all four ways:\n')
+    say('Activations of these micro-batches, in all four ways:')
     table(('phase', *(('FP8' if fp8 else 'bf16') + ', checkpointing' * again
                       for again, fp8 in kinds)),
           *((p['name'], *(gb(activations(replace(c, block_size=p['T']), p['rows'], *kind))
                           for kind in kinds)) for p in ours))
-    print('## Time\n\nA step is the forward and backward passes of a GPU\'s rows, the optimizer '
-          '(of which\nNewton-Schulz), and that part of the communication which nothing hides.\n')
+    print('## Time\n')
+    say("A step is forward and backward of a GPU's rows, the optimizer (of it Newton-Schulz, as a "
+        'share of the step), and that part of the communication which nothing hides.')
     table(('phase', 'GFLOP a token', 'batch', 'micro-batches', 'received a step, GB',
            'forward, backward, s', 'optimizer, s', 'Newton-Schulz', 'communication, s', 'step, s',
            'tokens/s', 'steps', 'days'),
           *((p['name'], f'{p["flops"] / 1e9:.2f}', f'{p["batch"]} x {p["T"]}',
              p['share'] // p['rows'], gb(p['sent']), f'{p["micro"]:.2f}', f'{p["optimizer"]:.3f}',
-             f'{p["newton_schulz"] / p["step"]:.2%} of a step', f'{p["exposed"]:.3f}',
-             f'{p["step"]:.2f}', f'{p["tok_per_s"]:,.0f}', f'{p["steps"]:,}', f'{p["days"]:.1f}')
-            for p in ours))
+             f'{p["newton_schulz"] / p["step"]:.2%}', f'{p["exposed"]:.3f}', f'{p["step"]:.2f}',
+             f'{p["tok_per_s"]:,.0f}', f'{p["steps"]:,}', f'{p["days"]:.1f}') for p in ours))
     tokens = sum(p['batch'] * p['T'] * p['steps'] for p in ours)
-    print(f'In all {tokens / 1e12:.4g}T tokens in {sum(p["days"] for p in ours):.1f} days. '
-          'This assumes:\n\n'
-          f'- {gpu}: {on.bf16 / 1e12:.0f} TFLOP/s in bf16, {on.fp8 / 1e12:.0f} in FP8, memory '
-          f'{on.bandwidth / 1e12:.3g} TB/s; {on.link / 1e9:.0f} GB/s to the GPUs of its node,\n  '
-          f'{NETWORK / 1e9:.0f} beyond it, of which {SHARED:.0%} are reached.\n'
-          '- Kernels reach of that, as measured on one H100: '
-          + ', '.join(f'{kind} {share:.0%}' for kind, share in REACHED.items()) + '.\n'
-          '- Micro-batches of 10,000 tokens or more: with fewer, a GPU waits for Python.\n'
-          '- No time for data, validation, checkpoints or failures.\n\n'
-          '## More GPUs, on paper\n')
-    table(('GPUs', 'phase', 'rows a GPU', 'peak, GB', 'forward, backward, s', 'communication, s',
+    say(f'In all {tokens / 1e12:.4g}T tokens in {sum(p["days"] for p in ours):.1f} days, if:')
+    for line in (
+            f'a {gpu} has {on.bf16 / 1e12:.0f} TFLOP/s in bf16'
+            + (f', {on.fp8 / 1e12:.0f} in FP8' if on.fp8 else '')
+            + f', memory of {on.bandwidth / 1e12:.3g} TB/s, {on.link / 1e9:.0f} GB/s to the others '
+            f'of its node, and a node {NETWORK / 1e9:.0f} GB/s to others, {SHARED:.0%} of which '
+            'are reached, without latency;',
+            'kernels reach of that what they reach of one H100: '
+            + ', '.join(f'{kind} {share:.0%}' for kind, share in REACHED.items()) + ';',
+            'micro-batches have 10,000 tokens or more, as with fewer a GPU waits for Python;',
+            'data, validation, checkpoints and failures take no time.'):
+        say('- ' + line, end='\n', indent='  ')
+    print('\n## More GPUs, on paper\n')
+    table(('GPUs', 'phase', 'rows a GPU', 'peak, GB', 'forward, backward, s', 'communication',
            'step, s', 'tokens/s a GPU', 'days'),
           *((f'{world:,}', p['name'], f'{p["batch"] / world:.3g}'
              + ' (does not divide)' * bool(p['batch'] % world), gb(p['memory']),
-             f'{p["micro"]:.2f}', f'{p["exposed"]:.2f}', f'{p["step"]:.2f}',
+             f'{p["micro"]:.2f}', f'{p["exposed"] / p["step"]:.0%} of a step', f'{p["step"]:.2f}',
              f'{p["tok_per_s"] / world:,.0f}', f'{p["days"]:.2f}')
             for world, phases in plans.items() for p in phases))
-    divisors = math.gcd(*(p['batch'] for p in ours))
-    print(f'train.py shares whole rows out evenly, so that it takes at most {divisors} GPUs, the '
-          f'largest number that\ndivides every batch, and at any time a divisor of it. Memory is '
-          'no reason to shard weights or\ngradients, which take '
-          f'{gb(8 * P)} GB. With ever fewer rows a GPU, adding up {gb(4 * P)} GB of gradients '
-          'takes longer\nthan computing them. Beyond, take torchtitan: HSDP (reduce within a '
-          'node first), context or\ntensor parallelism (a row on several GPUs); or a larger '
-          'batch, which is another recipe.\n')
+    say('Where DDP with a sharded optimizer stops being enough: train.py gives every GPU the same '
+        f'number of whole rows, so it takes at most {math.gcd(*(p["batch"] for p in ours))} GPUs, '
+        'the largest number that divides every batch, and of fewer only a divisor of that. Before, '
+        'a GPU has so few tokens between two steps that it waits for Python (the last table: half '
+        f'of the time with 1 x 3712). Memory is no reason to shard: weights and gradients take '
+        f'{gb(8 * P)} GB. Nor is communication, as long as the network has its bandwidth. Beyond, '
+        'take torchtitan: context or tensor parallelism, which give a row to several GPUs, with '
+        'HSDP; or a larger batch, which is another recipe.')
 
 
 def tell_of_measurements():
     """What was measured of the 1.3B model, and what others published, beside these estimates."""
     on, c = GPUS['h100'], XmodelConfig()
-    print('## Beside measurements\n\n'
-          'The 1.3B model on one H100 80GB (PyTorch 2.11): what PyTorch had allocated at the peak '
-          'beside weights\nand gradients, and the seconds of forward and backward. Planned memory '
-          'is that of eager mode, planned\ntime that of compiled blocks.\n')
+    print('## Beside measurements\n')
+    say('The 1.3B model on one H100 80GB (PyTorch 2.11): what PyTorch had allocated at the peak '
+        'beside weights and gradients, and the seconds of forward and backward. Planned memory is '
+        'that of eager mode, planned time that of compiled blocks.')
     rows = []
     for (fp8, compiled, again), n, T, peak, seconds in MEASURED:
         at = replace(c, block_size=T)
@@ -407,8 +417,7 @@ def tell_of_measurements():
                      f'{peak / planned:.2f}', f'{time:.3f}' if compiled else '',
                      f'{seconds:.3f}'))
     table(('blocks', 'tokens', 'planned, GB', 'measured', 'ratio', 'planned, s', 'measured'), *rows)
-    stable = replace(c, block_size=3712)
-    work = work_of_a_step(stable, 4)
+    work = work_of_a_step(replace(c, block_size=3712), 4)
     planned, ideal = (roofline(work, 'bf16', on, reached) / roofline(work, 'delayed', on, reached)
                       for reached in (REACHED, None))
     bf16, fp8 = (next(row[4] for row in MEASURED if row[:3] == ((kind, True, False), 4, 3712))
@@ -416,10 +425,11 @@ def tell_of_measurements():
     tiny = XmodelConfig(22, 32, 4, 2048, 5632, 32_000, 2048)
     a100 = GPUS['a100']._replace(bandwidth=1.555e12)             # that with 40 GB
     speed = 8 * 2048 / seconds_of_a_micro_batch(tiny, 8, a100)
-    print(f'- FP8 makes a step of 4 x 3712 tokens {bf16 / fp8 - 1:.0%} faster as measured, '
-          f'{planned - 1:.0%} as planned, {ideal - 1:.0%} by the\n  hardware\'s figures; '
-          'the paper (arXiv 2511.19496) says about 30 %.\n'
-          f'- TinyLlama 1.1B on A100 40GB: planned {speed:,.0f} tokens/s a GPU, published 24,000.')
+    say(f'- FP8 makes a step of 4 x 3712 tokens {bf16 / fp8 - 1:.0%} faster as measured, '
+        f'{planned - 1:.0%} as planned, {ideal - 1:.0%} by the hardware\'s figures; the paper '
+        '(arXiv 2511.19496) says about 30 %.', end='\n', indent='  ')
+    say(f'- TinyLlama 1.1B on A100 40GB: planned {speed:,.0f} tokens/s a GPU, published 24,000.',
+        end='\n', indent='  ')
 
 
 def main(argv):

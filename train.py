@@ -30,7 +30,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -213,10 +212,11 @@ def evaluate(model, data, phase, rows, device, autocast):
         there = data[name].n_windows('val', T)
         n = min(eval_rows, there)
         found = torch.zeros(2, dtype=torch.float64)              # sum of losses, how many
-        # whole micro-batches, of one shape; each rank has some of them
-        for i in range(rank * rows, max(1, n - n % rows), world * rows):
-            windows = [j * there // n for j in range(i, min(i + rows, n))]
+        # in micro-batches of one shape, the last one with rows that do not count; each rank some
+        for i in range(rank * rows, n, world * rows):
+            windows = [min(j, n - 1) * there // n for j in range(i, i + rows)]
             x, y = get_windows(data[name], 'val', windows, T, completion_only)
+            y[n - i:] = -1
             with torch.no_grad(), autocast:
                 loss = model(x.to(device), y.to(device))[1].item()
             targets = int((y >= 0).sum())
@@ -256,6 +256,12 @@ def tell_of_gradients(model, say):
     largest = sorted(norms, key=norms.get)[:-6:-1]
     say('gradients: ' + ', '.join(f'{name} {norms[name]:.3g}' for name in odd[:5] or largest)
         + (f' (of {len(odd)} that are not finite)' if odd else ', the largest'))
+
+
+def add_up(state, bucket):
+    """DDP's hook for a bucket of gradients: their sum over the ranks, in reduce_dtype."""
+    sent = dist.all_reduce(bucket.buffer().to(getattr(torch, reduce_dtype)), async_op=True)
+    return sent.get_future().then(lambda sent: bucket.buffer().copy_(sent.value()[0]))
 
 
 def keep_checkpoint(path, state, ends):
@@ -311,6 +317,8 @@ def check_knobs(world):
         if phase['batch'] % world:
             fail(f'phase {phase["name"]!r}: batch={phase["batch"]} cannot be shared out evenly '
                  f'among {world} ranks')
+        if fp8 and phase['block_size'] % 16:
+            fail(f'fp8: block_size of phase {phase["name"]!r} should be a multiple of 16')
 
 
 def main(defaults, knobs, rank, world):
@@ -351,8 +359,6 @@ def main(defaults, knobs, rank, world):
     try:
         config = model_config(globals())
         if fp8:                                                  # before data are made
-            if odd := [phase['name'] for phase in phases if phase['block_size'] % 16]:
-                fail(f'fp8: block_size of phase {odd[0]!r} should be a multiple of 16')
             with torch.device('meta'):
                 convert_to_float8(Xmodel(config))
         try:
@@ -423,6 +429,8 @@ def main(defaults, knobs, rank, world):
             scaling.load_state_dict(start['fp8'])
     if rank == 0 and replay < 0:
         lock = lock or take_folder(run)                          # kept open to the end
+        if not resuming and (log_file.exists() or checkpoints(run)) and not resume:
+            fail(f'{run} holds a run by now, which began when this one did')
         begin_folder(run, step if resuming else 0, {
             'knobs': knobs, 'first_step': step, 'argv': sys.argv, 'device': str(where),
             'bf16': bf16, 'ranks': world, 'threads': torch.get_num_threads(), **this})
@@ -454,12 +462,11 @@ def main(defaults, knobs, rank, world):
 
     # --- the loop ---
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
-    # never freed: with it would go gloo's group, which with Python's lock waits for its threads to
-    # end, of which one may want that lock to drop a tensor, so that a finished rank would hang
+    # Never freed: that would end gloo's group while holding Python's lock, and the group waits for
+    # threads of which one may want that lock to drop a tensor: a finished rank would hang.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(net))
-    if world > 1 and reduce_dtype == 'bfloat16':
-        # in a lambda, as DDP takes it by its own name with NCCL alone, though gloo can do it, too
-        net.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
+    if world > 1:
+        net.register_comm_hook(None, add_up)
     bar = tqdm(total=total, initial=step, unit='step', disable=True if rank else None)
     ends = list(itertools.accumulate(phase['steps'] for phase in phases))
     phase, compiled, skipped, speed = None, None, 0, []          # speed: FLOP/s of steps
@@ -516,14 +523,15 @@ def main(defaults, knobs, rank, world):
             say(f'step {step}: phase {phase["name"]}' + (f', {note}' if note else ''))
 
         # --- data: this rank's rows of the global batch, cut into micro-batches of (rows, T) ---
-        row = (step - first) * phase['batch'] + rank * share
+        rows_of_step = [(step - first) * phase['batch'], (step - first + 1) * phase['batch']]
+        row = rows_of_step[0] + rank * share
         micro = [get_batch(data, phase['data'], range(r, r + rows), T, seed, drawn, completion_only)
                  for r in range(row, row + share, rows)]
+        sizes = [int((y >= 0).sum()) for _, y in micro]          # targets of each
         if replay < 0:                                           # tells who hangs, and since when
             (run / f'heartbeat_{rank}').write_text(f'step {step}, {time.ctime()}\n')
         # (one message for both: how many targets, and whether to end)
-        counts = torch.tensor([float(sum(int((y >= 0).sum()) for _, y in micro)),
-                               float(len(signals))], device=where)
+        counts = torch.tensor([float(sum(sizes)), float(len(signals))], device=where)
         faulthandler.dump_traceback_later(2 * hang_seconds, exit=True, file=sys.__stderr__)
         if world > 1:
             dist.all_reduce(counts)
@@ -544,16 +552,23 @@ def main(defaults, knobs, rank, world):
             scaling.watch(fp8_monitor and step % log_interval == 0)
         # names the operation (of compiled blocks, the block) whose gradient is the first NaN
         torch.autograd.set_detect_anomaly(step == replay)
-        for i, (x, y) in enumerate(micro, 1):
+        if step == replay:
+            say(f'step {step}: rows {rows_of_step[0]} to {rows_of_step[1] - 1} of phase '
+                f'{phase["name"]}')
+        for i, ((x, y), size) in enumerate(zip(micro, sizes), 1):
             last = world == 1 or i == len(micro)                 # ranks add gradients up only once
             with nullcontext() if last else net.no_sync():
                 with autocast:
-                    part = net(x.to(where), y.to(where))[1] * (int((y >= 0).sum()) / targets)
-                part.backward()
-            loss += part.detach()
+                    part = net(x.to(where), y.to(where))[1]
+                try:
+                    (part * (size / targets)).backward()
+                except RuntimeError as e:                        # by set_detect_anomaly
+                    if step != replay:
+                        raise
+                    fail(f'micro-batch {i} of {len(micro)} has loss {part.item()}; {e}')
+            loss += part.detach() * (size / targets)
         if world > 1:
             dist.all_reduce(loss)
-            torch._foreach_mul_([p.grad for p in model.parameters()], world)   # DDP's are means
         if step == replay:
             tell_of_gradients(model, say)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
@@ -573,7 +588,9 @@ def main(defaults, knobs, rank, world):
                        f'and at fp8_amax_history_len={fp8_amax_history_len} (128)'
                        if scaling else ''))
             say(f'step {step} is skipped: {what}; --replay={step} looks at it again')
-            model.zero_grad()
+            model.zero_grad(set_to_none=False)
+        if where.type != 'cpu':
+            torch.accelerator.synchronize()                      # the optimizer takes time, too
         seconds = time.perf_counter() - began
 
         # --- log ---
@@ -589,9 +606,8 @@ def main(defaults, knobs, rank, world):
                  'grad_norm': grad_norm, 'tok_per_s': round(step_tokens / seconds, 1)}
         if note:
             entry['note'], note = note, None
-        if scaling and fp8_monitor and step % log_interval == 0:
+        if scaling and scaling.watched:
             entry['fp8'] = scaling.report()
-        rows_of_step = [(step - first) * phase['batch'], (step - first + 1) * phase['batch']]
         if skipped:
             entry |= {'skipped': True, 'rows': rows_of_step}
         else:
@@ -645,14 +661,15 @@ def main(defaults, knobs, rank, world):
     if world > 1:
         dist.barrier()                                           # until rank 0 has written
         dist.destroy_process_group()
-    if skipped == 5:
+    if skipped == 5 and replay < 0:
         sys.exit(1 if rank else f'train.py: step {step - 1} is the fifth in a row that is not '
                  f'finite: {what}; try a lower learning_rate')
     if step < total:
         number = signals[0][0] if signals else signal.SIGTERM
-        say(f'stopped by {signal.Signals(number).name} at step {step}, '
-            + ('which is saved' if checkpoints(run) else 'with nothing to save')
-            + ': --resume goes on')
+        if replay < 0:
+            say(f'stopped by {signal.Signals(number).name} at step {step}, '
+                + ('which is saved' if checkpoints(run) else 'with nothing to save')
+                + ': --resume goes on')
         sys.exit(128 + number)
     if replay >= 0:
         say(f'step {replay}: rows {rows_of_step[0]} to {rows_of_step[1] - 1} of phase '
@@ -673,6 +690,8 @@ if __name__ == '__main__':
     try:
         main(defaults, knobs, rank, world)
     except OSError as e:                                         # disk full, folder not writable
-        fail(f'{e.filename or out_dir}: {e.strerror}; what was saved before is whole')
+        fail(f'{e.filename or out_dir}: {e.strerror or e}; what was saved before is whole')
     except KeyboardInterrupt:
-        sys.exit(f'train.py: stopped; --resume goes on from the newest checkpoint in {out_dir}')
+        print(f'train.py: stopped; --resume goes on from the newest checkpoint in {out_dir}',
+              file=sys.stderr)
+        sys.exit(130)

@@ -20,7 +20,7 @@ from model import Xmodel, XmodelConfig
 
 # 60 steps over the change to Muon, at step 24, and of the length, at step 48
 CURRICULUM = ['--dtype=float32', '--steps_scale=3', '--eval_interval=1000', '--n_kv_head=2',
-              '--checkpoint_interval=36', '--keep=9']
+              '--checkpoint_interval=36', '--keep=9', '--eval_rows=7']
 
 
 @pytest.fixture(scope='module')
