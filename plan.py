@@ -41,7 +41,7 @@ gpu = 'h100'                  # 'a100' | 'h100' | 'h200' | 'b200'
 
 
 class GPU(NamedTuple):
-    """By its data sheet; SXM, products without sparsity."""
+    """By data sheets: SXM, products without sparsity; memory as nvidia-smi tells."""
     bf16: float                  # FLOP/s of matrix products
     fp8: float                   # the same; 0.0: it has no such units
     bandwidth: float             # of its memory, bytes/s
@@ -58,34 +58,49 @@ SHARED = 0.8                     # of link or network, that large collectives re
 ROOM = 0.9                       # of a GPU's memory; the rest is for CUDA, NCCL and gaps
 
 # What kernels reach of the above, measured on one H100 (PyTorch 2.11, blocks compiled, the 1.3B
-# model, 4 x 3712 tokens, by torch's profiler), and what all takes beside them: launches, gaps.
-REACHED = {'GEMM, bf16': 0.75, 'GEMM, FP8': 0.66, 'attention': 0.37, 'bytes': 0.63,
-           'rounding to FP8': 0.22, 'Newton-Schulz': 0.29, 'AdamW': 0.73, 'step': 0.97}
+# model, 4 x 3712 tokens, by torch's profiler), and what of the clock's time they take. Attention is
+# between what was found there, 0.345, and what follows from 1 x 16384. Newton–Schulz and AdamW are
+# of steps of the optimizers alone: 148 and 15.5 ms.
+REACHED = {'GEMM, bf16': 0.75, 'GEMM, FP8': 0.66, 'attention': 0.37, 'bytes': 0.71,
+           'rounding to FP8': 0.22, 'Newton-Schulz': 0.32, 'AdamW': 0.73, 'step': 0.97}
 
-# The same machine and model: (FP8, compiled, checkpointing), rows, length, bytes at the peak beside
-# weights and gradients, seconds of forward and backward (the median of three)
-MEASURED = (((False, False, False), 1, 3712, 19.32e9, 0.151),
-            ((False, False, False), 4, 3712, 53.05e9, 0.510),
-            ((False, False, False), 1, 16384, 57.38e9, 0.796),
-            ((False, False, True), 1, 3712, 9.34e9, 0.206),
-            ((False, False, True), 4, 3712, 13.33e9, 0.632),
-            ((False, False, True), 1, 16384, 13.82e9, 1.004),
-            ((False, True, False), 1, 3712, 13.22e9, 0.109),
-            ((False, True, False), 4, 3712, 43.02e9, 0.336),
-            ((False, True, False), 1, 16384, 46.73e9, 0.618),
-            ((False, True, True), 4, 3712, 8.70e9, 0.428),
-            ((False, True, True), 1, 16384, 9.29e9, 0.797),
-            ((True, True, False), 1, 3712, 9.90e9, 0.152),
-            ((True, True, False), 4, 3712, 36.81e9, 0.312),
-            ((True, True, False), 1, 16384, 40.18e9, 0.593),
-            ((True, True, True), 4, 3712, 8.70e9, 0.400),
-            ((True, True, True), 1, 16384, 9.29e9, 0.759))
+
+class Measured(NamedTuple):
+    fp8: bool
+    compiled: bool
+    checkpointing: bool
+    rows: int
+    T: int
+    peak: float                  # bytes that PyTorch had allocated, beside weights and gradients
+    seconds: float               # of forward and backward, the median of three
+
+
+# of the 1.3B model, on the same H100
+MEASURED = [Measured(*row) for row in (
+    (False, False, False, 1, 3712, 19.32e9, 0.151), (False, False, False, 4, 3712, 53.05e9, 0.510),
+    (False, False, False, 1, 16384, 57.38e9, 0.796), (False, False, True, 1, 3712, 9.34e9, 0.206),
+    (False, False, True, 4, 3712, 13.33e9, 0.632), (False, False, True, 1, 16384, 13.82e9, 1.004),
+    (False, True, False, 1, 3712, 13.22e9, 0.109), (False, True, False, 4, 3712, 43.02e9, 0.336),
+    (False, True, False, 1, 16384, 46.73e9, 0.618), (False, True, True, 4, 3712, 8.70e9, 0.428),
+    (False, True, True, 1, 16384, 9.29e9, 0.797), (True, True, False, 1, 3712, 9.90e9, 0.152),
+    (True, True, False, 4, 3712, 36.81e9, 0.312), (True, True, False, 1, 16384, 40.18e9, 0.593),
+    (True, True, True, 4, 3712, 8.70e9, 0.400), (True, True, True, 1, 16384, 9.29e9, 0.759))]
 
 
 # --------------------------------------------------------------------------------------------------
 # FLOPs and bytes of a step, and the time that they take
 
 WAYS = 'bf16', 'delayed', 'dynamic'
+
+
+class Part(NamedTuple):
+    """Of the work of a step: what it does in which layer, and what that takes."""
+    layer: str
+    what: str
+    sizes: tuple                 # (m, k, n) of a GEMM that FP8 would compute, else ()
+    flops: float
+    moved: tuple                 # bytes in each of WAYS
+    again: float = 1 / 3         # the share of it that is forward, which checkpointing repeats
 
 
 def linears(c):
@@ -96,34 +111,36 @@ def linears(c):
 
 
 def work_of_a_block(c, B):
-    """[(layer, what, (m, k, n), FLOPs, bytes in each of WAYS)] of the forward and backward pass.
+    """[Part] of the forward and backward pass of (B, T) tokens.
 
-    Of (B, T) tokens; bytes as if every operand and result were read or written once. In FP8 GEMMs
-    of (m, k) · (k, n) read a byte a value. 'rounding' is what FP8 adds. Every input x and output
-    gradient g is transposed: 1 byte read, 1 written. What computes it writes 1 byte with a scale at
-    hand, in place of bf16's 2; dynamic scaling has it write 2, then reads 2 and writes 1. So
-    delayed 2 - 1, dynamic 2 + 3. Each weight, 4 bytes in memory, is rounded twice and transposed.
+    Bytes as if every operand and result were read or written once. In FP8 GEMMs of (m, k) · (k, n)
+    read a byte a value. 'rounding' is what FP8 adds. Every input x and output gradient g is
+    transposed: 1 byte read, 1 written. What computes it writes 1 byte with a scale at hand, in
+    place of bf16's 2; dynamic scaling has it write 2, then reads 2 and writes 1. So delayed 2 - 1,
+    dynamic 2 + 3. Each weight, 4 bytes in memory, is rounded twice and transposed.
     """
     M, C, T, kv = B * c.block_size, c.n_embd, c.block_size, c.n_kv_head * c.hd
     work = []
     for name, layer in linears(c).items():
         K, N = layer.in_features, layer.out_features
+        x, w, g = M * K, N * K, M * N
         for what, m, k, n in (('output', M, K, N), ('gradient of input', M, N, K),
                               ('gradient of weight', N, M, K)):
             read, written = m * k + k * n, 2 * m * n
-            work.append((name, what, (m, k, n), 2 * m * k * n,
-                         (2 * read + written, read + written, read + written)))
-        x, w, g = M * K, N * K, M * N
+            work.append(Part(name, what, (m, k, n), 2 * m * k * n,
+                             (2 * read + written, read + written, read + written)))
         # attention writes 2 bytes in any case: read and written once more, or twice for its amax
         delayed, dynamic = (5, 7) if name == 'attn.out' else (1, 5)
-        work.append((name, 'rounding', None, 0,
-                     (6 * w, 12 * w + delayed * x + g, 16 * w + dynamic * x + 5 * g)))
+        work.append(Part(name, 'rounding', (), 0,
+                         (6 * w, 12 * w + delayed * x + g, 16 * w + dynamic * x + 5 * g)))
+        # the weight's gradient to fp32, 2 + 4, and to the sum of the micro-batches before, 12
+        work.append(Part(name, 'accumulation', (), 0, (18 * w,) * 3, 0))
     # T / 2 keys a token: 2 products forward, 4 backward, and q·k once more
-    work.append(('attention', '', None, 7 * M * T * C, (12 * M * (C + kv),) * 3))
+    work.append(Part('attention', '', (), 7 * M * T * C, (12 * M * (C + kv),) * 3, 2 / 7))
     # Two additions to the fp32 residual stream, each with the norm after it: x 4 + 4 bytes, branch
     # 2, normed 2; backward 4 + 4 + 4, 2, 2. Rotation of q and k. SwiGLU: gate, up and product.
     element_wise = M * (24 * C + 32 * C + 8 * (C + kv) + (6 + 10) * c.n_ffn)
-    return [*work, ('element-wise', '', None, 0, (element_wise,) * 3)]
+    return [*work, Part('element-wise', '', (), 0, (element_wise,) * 3)]
 
 
 def work_of_logits(c, B):
@@ -131,8 +148,8 @@ def work_of_logits(c, B):
     M, C, V = B * c.block_size, c.n_embd, c.vocab_size
     weight = C * V * math.ceil(M * V / network.CHUNK_ON_GPU)     # is read in each chunk of rows
     # softmax reads logits twice, writes gradients; a chunk's is added to the fp32 one of the weight
-    return [('logits', '', None, 6 * M * C * V, (6 * (M * C + M * V + weight),) * 3),
-            ('loss', '', None, 0, (6 * M * V + 10 * weight,) * 3)]
+    return [Part('logits', '', (), 6 * M * C * V, (6 * (M * C + M * V + weight),) * 3),
+            Part('loss', '', (), 0, (6 * M * V + 10 * weight,) * 3)]
 
 
 def work_of_a_step(c, B):
@@ -146,24 +163,27 @@ def roofline(work, way, on=None, reached=None):
     on: a GPU, by default an H100; reached: the share of its figures that kernels attain, such as
     REACHED, by default all.
     """
-    on = on or GPUS['h100']
-
-    def seconds(name, what, gemm, flops, moved):
-        eight = gemm and way != 'bf16'
-        kind = 'attention' if name == 'attention' else 'GEMM, FP8' if eight else 'GEMM, bf16'
-        passes = 'rounding to FP8' if what == 'rounding' and way != 'bf16' else 'bytes'
-        return max(flops / (on.fp8 if eight else on.bf16) / (reached[kind] if reached else 1),
-                   moved[WAYS.index(way)] / on.bandwidth / (reached[passes] if reached else 1))
-
-    return sum(seconds(*part) for part in work) / (reached['step'] if reached else 1)
+    on, reached = on or GPUS['h100'], reached or dict.fromkeys(REACHED, 1)
+    total = 0
+    for part in work:
+        eight = part.sizes and way != 'bf16'
+        compute = 'attention' if part.layer == 'attention' else \
+            'GEMM, FP8' if eight else 'GEMM, bf16'
+        move = 'rounding to FP8' if part.what == 'rounding' and way != 'bf16' else 'bytes'
+        total += max(part.flops / (on.fp8 if eight else on.bf16) / reached[compute],
+                     part.moved[WAYS.index(way)] / on.bandwidth / reached[move])
+    return total / reached['step']
 
 
 def seconds_of_a_micro_batch(c, rows, on, fp8=False, checkpointing=False):
     """Forward and backward of (rows, T) tokens; checkpointing computes blocks a second time."""
     way = {False: 'bf16', True: 'delayed'}.get(fp8, fp8)
-    block, logits = work_of_a_block(c, rows), work_of_logits(c, rows)
-    forward = [(*part[:3], part[3] / 3, tuple(moved / 3 for moved in part[4])) for part in block]
-    return roofline((block + forward * checkpointing) * c.n_layer + logits, way, on, REACHED)
+    block = work_of_a_block(c, rows)
+    if checkpointing:
+        block += [part._replace(flops=part.flops * part.again,
+                                moved=tuple(moved * part.again for moved in part.moved))
+                  for part in block]
+    return roofline(block * c.n_layer + work_of_logits(c, rows), way, on, REACHED)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -269,46 +289,53 @@ def plan_phase(phase, c, world, on):
     """
     with torch.device('meta'):
         model = Xmodel(c)
-    P, T = model.num_params(), c.block_size
-    kind = train.activation_checkpointing, bool(train.fp8)
-    state, passing = optimizer_bytes(replace(c, block_size=1), phase['optimizer'])
+    P, T, several = model.num_params(), c.block_size, world > 1
+    how = train.activation_checkpointing, bool(train.fp8)
     share = math.ceil(phase['batch'] / world)
     rows = train.rows_of_a_micro_batch(share, T)
-    matrices, busiest, stepped = [], 0, P                        # stepped by AdamW
+    # (of the same model in all phases, so that it is measured once)
+    state, own = optimizer_bytes(replace(c, block_size=1), phase['optimizer'])
+    matrices, busiest, arriving = [], 0, 0
     if phase['optimizer'] == 'muon':
         matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-        stepped -= sum(p.numel() for p in matrices)
-        # U Vᵀ in bf16 from all ranks, of two shapes at a time
-        sizes = [2 * sum(p.numel() for p in matrices if p.shape == shape)
-                 for shape in {p.shape for p in matrices}]
-        arriving = sum(sorted(sizes)[-2:])
         loads = Counter()
         for p, rank in share_out(matrices, world).items():
             loads[rank] += newton_schulz_flops(p.shape)
         busiest = max(loads.values())
-    else:
-        arriving = 4 * P / world                                 # a rank's weights, at a time
-    held, fixed = activations(c, rows, *kind), 8 * P + state / world
-    passing = passing / world + arriving * (world > 1)
-    micro = share / rows * seconds_of_a_micro_batch(c, rows, on, train.fp8,
-                                                    train.activation_checkpointing)
+        # U Vᵀ in bf16 from all ranks, of two shapes at a time
+        arriving = sum(sorted(2 * sum(p.numel() for p in matrices if p.shape == shape)
+                              for shape in {p.shape for p in matrices})[-2:])
+    orthogonal = sum(p.numel() for p in matrices)
+    stepped = P - orthogonal                                     # by AdamW
+    arriving = max(arriving, 4 * stepped / world)                # its weights, a rank's at a time
+
+    # --- memory ---
+    held, fixed = activations(c, rows, *how), 8 * P + state / world
+    passing = own / world + arriving * several
+
+    # --- time ---
+    micro = seconds_of_a_micro_batch(c, rows, on, train.fp8, train.activation_checkpointing)
     newton_schulz = busiest / on.bf16 / REACHED['Newton-Schulz']
-    # 12 bytes a parameter for the gradient's norm and clipping, 28 for AdamW's step
-    step_all = newton_schulz + (12 * P + 28 * stepped / world) / on.bandwidth / REACHED['AdamW']
-    gradients = P * (2 if train.reduce_dtype == 'bfloat16' else 4)
-    weights = 4 * stepped + 2 * (P - stepped)
-    # gradients are added up during the last micro-batch's backward pass, two thirds of its time
-    hidden = micro * rows / share * 2 / 3
-    exposed = max(0.0, seconds_to_receive(2 * gradients, world, on) - hidden) \
-        + seconds_to_receive(weights, world, on)
-    step = micro + step_all + exposed
+    # Bytes a parameter: 12 for the gradient's norm and clipping, 4 for zeros; 28 for AdamW's step,
+    # 34 for Muon's beside Newton–Schulz; 8 for AdamW's exchange
+    moved = 16 * P + 28 * stepped / world + 34 * orthogonal + 8 * stepped * several
+    optimizer = newton_schulz + moved / on.bandwidth / REACHED['AdamW']
+    gradient = 2 if train.reduce_dtype == 'bfloat16' else 4      # bytes, of each parameter
+    weights = 4 * stepped + 2 * orthogonal                       # Muon's U Vᵀ is in bf16
+    # Gradients are added up during the last micro-batch's backward pass, two thirds of its time;
+    # but that of the embedding, which is the output matrix, too, is only there at its end.
+    late = seconds_to_receive(2 * gradient * model.embed.weight.numel(), world, on)
+    exposed = seconds_to_receive(weights, world, on) + max(
+        late, seconds_to_receive(2 * gradient * P, world, on) - micro * 2 / 3)
+    step = micro * share / rows + optimizer + exposed
     return {'name': phase['name'], 'batch': phase['batch'], 'T': T, 'share': share, 'rows': rows,
-            'weights': 4 * P, 'gradients': 4 * P, 'state': state / world,
-            'activations': held, 'passing': passing, 'memory': fixed + max(held, passing),
+            'weights': 4 * P, 'gradients': 4 * P, 'state': state / world, 'activations': held,
+            'passing': passing, 'memory': fixed + max(held, passing),
             'chunk': 4 * min(network.CHUNK_ON_GPU, rows * T * c.vocab_size),
-            'most_rows': most_rows(c, *kind, ROOM * on.memory - fixed),
-            'flops': model.flops_per_token(T), 'sent': 2 * gradients + weights,
-            'micro': micro, 'newton_schulz': newton_schulz, 'optimizer': step_all,
+            'most_rows': most_rows(c, *how, ROOM * on.memory - fixed),
+            'flops': model.flops_per_token(T),
+            'received': (2 * gradient * P + weights) * (world - 1) / world,
+            'micro': micro * share / rows, 'newton_schulz': newton_schulz, 'optimizer': optimizer,
             'exposed': exposed, 'step': step, 'tok_per_s': phase['batch'] * T / step,
             'steps': phase['steps'], 'days': phase['steps'] * step / 86400}
 
@@ -353,8 +380,9 @@ def tell(c, plans, on):
           *((p['name'], f'{p["rows"]} x {p["T"]}', gb(p['weights']), gb(p['gradients']),
              gb(p['state']), gb(p['activations']), gb(p['chunk']), gb(p['passing']),
              gb(p['memory']), f'{p["most_rows"]} x {p["T"]}') for p in ours))
-    kinds = list(itertools.product((False, True), (False, True)))
-    say('Activations of these micro-batches, in all four ways:')
+    fits = all(size % 16 == 0 for layer in linears(c).values() for size in layer.weight.shape)
+    kinds = list(itertools.product((False, True), (False, True) if fits else (False,)))
+    say('Activations of these micro-batches in other ways:')
     table(('phase', *(('FP8' if fp8 else 'bf16') + ', checkpointing' * again
                       for again, fp8 in kinds)),
           *((p['name'], *(gb(activations(replace(c, block_size=p['T']), p['rows'], *kind))
@@ -366,13 +394,14 @@ def tell(c, plans, on):
            'forward, backward, s', 'optimizer, s', 'Newton-Schulz', 'communication, s', 'step, s',
            'tokens/s', 'steps', 'days'),
           *((p['name'], f'{p["flops"] / 1e9:.2f}', f'{p["batch"]} x {p["T"]}',
-             p['share'] // p['rows'], gb(p['sent']), f'{p["micro"]:.2f}', f'{p["optimizer"]:.3f}',
-             f'{p["newton_schulz"] / p["step"]:.2%}', f'{p["exposed"]:.3f}', f'{p["step"]:.2f}',
-             f'{p["tok_per_s"]:,.0f}', f'{p["steps"]:,}', f'{p["days"]:.1f}') for p in ours))
+             p['share'] // p['rows'], gb(p['received']), f'{p["micro"]:.2f}',
+             f'{p["optimizer"]:.3f}', f'{p["newton_schulz"] / p["step"]:.2%}',
+             f'{p["exposed"]:.3f}', f'{p["step"]:.2f}', f'{p["tok_per_s"]:,.0f}',
+             f'{p["steps"]:,}', f'{p["days"]:.1f}') for p in ours))
     tokens = sum(p['batch'] * p['T'] * p['steps'] for p in ours)
     say(f'In all {tokens / 1e12:.4g}T tokens in {sum(p["days"] for p in ours):.1f} days, if:')
     for line in (
-            f'a {gpu} has {on.bf16 / 1e12:.0f} TFLOP/s in bf16'
+            f'each {gpu} has {on.bf16 / 1e12:.0f} TFLOP/s in bf16'
             + (f', {on.fp8 / 1e12:.0f} in FP8' if on.fp8 else '')
             + f', memory of {on.bandwidth / 1e12:.3g} TB/s, {on.link / 1e9:.0f} GB/s to the others '
             f'of its node, and a node {NETWORK / 1e9:.0f} GB/s to others, {SHARED:.0%} of which '
@@ -400,6 +429,12 @@ def tell(c, plans, on):
         'HSDP; or a larger batch, which is another recipe.')
 
 
+def gain_of_fp8():
+    """How many times as fast as bf16, measured: 4 x 3712 tokens, compiled, no checkpointing."""
+    bf16, fp8 = (m.seconds for m in MEASURED if m[1:5] == (True, False, 4, 3712))
+    return bf16 / fp8
+
+
 def tell_of_measurements():
     """What was measured of the 1.3B model, and what others published, beside these estimates."""
     on, c = GPUS['h100'], XmodelConfig()
@@ -408,24 +443,23 @@ def tell_of_measurements():
         'beside weights and gradients, and the seconds of forward and backward. Planned memory is '
         'that of eager mode, planned time that of compiled blocks.')
     rows = []
-    for (fp8, compiled, again), n, T, peak, seconds in MEASURED:
-        at = replace(c, block_size=T)
-        planned, time = activations(at, n, again, fp8), seconds_of_a_micro_batch(at, n, on, fp8,
-                                                                                 again)
-        rows.append((('FP8' if fp8 else 'bf16') + (', compiled' if compiled else ', eager')
-                     + ', checkpointing' * again, f'{n} x {T}', gb(planned), gb(peak),
-                     f'{peak / planned:.2f}', f'{time:.3f}' if compiled else '',
-                     f'{seconds:.3f}'))
+    for m in MEASURED:
+        how = ('FP8' if m.fp8 else 'bf16', 'compiled' if m.compiled else 'eager',
+               'checkpointing')[:2 + m.checkpointing]
+        at = replace(c, block_size=m.T)
+        planned = activations(at, m.rows, m.checkpointing, m.fp8)
+        seconds = seconds_of_a_micro_batch(at, m.rows, on, m.fp8, m.checkpointing)
+        rows.append((', '.join(how), f'{m.rows} x {m.T}', gb(planned), gb(m.peak),
+                     f'{m.peak / planned:.2f}', f'{seconds:.3f}' if m.compiled else '',
+                     f'{m.seconds:.3f}'))
     table(('blocks', 'tokens', 'planned, GB', 'measured', 'ratio', 'planned, s', 'measured'), *rows)
     work = work_of_a_step(replace(c, block_size=3712), 4)
     planned, ideal = (roofline(work, 'bf16', on, reached) / roofline(work, 'delayed', on, reached)
                       for reached in (REACHED, None))
-    bf16, fp8 = (next(row[4] for row in MEASURED if row[:3] == ((kind, True, False), 4, 3712))
-                 for kind in (False, True))
     tiny = XmodelConfig(22, 32, 4, 2048, 5632, 32_000, 2048)
     a100 = GPUS['a100']._replace(bandwidth=1.555e12)             # that with 40 GB
     speed = 8 * 2048 / seconds_of_a_micro_batch(tiny, 8, a100)
-    say(f'- FP8 makes a step of 4 x 3712 tokens {bf16 / fp8 - 1:.0%} faster as measured, '
+    say(f'- FP8 makes a step of 4 x 3712 tokens {gain_of_fp8() - 1:.0%} faster as measured, '
         f'{planned - 1:.0%} as planned, {ideal - 1:.0%} by the hardware\'s figures; the paper '
         '(arXiv 2511.19496) says about 30 %.', end='\n', indent='  ')
     say(f'- TinyLlama 1.1B on A100 40GB: planned {speed:,.0f} tokens/s a GPU, published 24,000.',
@@ -440,15 +474,17 @@ def main(argv):
     train.check_knobs(1)
     on = GPUS[gpu]
     if train.fp8 and not on.fp8:
-        fail(f'fp8: an {gpu} has no FP8 units: --fp8=False')
+        fail(f'fp8: {gpu} has no FP8 units: --fp8=False')
     try:
         c = train.model_config(vars(train))
         with torch.device('meta'):
-            convert_to_float8(Xmodel(c))
+            if train.fp8:
+                convert_to_float8(Xmodel(c))
     except ValueError as e:
         fail(e)
+    most = math.gcd(*(phase['batch'] for phase in train.phases))
     plans = {}
-    for world in tqdm(sorted({gpus, 8, 64, 512, 4096}), disable=None, leave=False):
+    for world in tqdm(sorted({gpus, 8, 64, most, 512, 4096}), disable=None, leave=False):
         plans[world] = [plan_phase(phase, replace(c, block_size=phase['block_size']), world, on)
                         for phase in train.phases]
     tell(c, plans, on)
