@@ -64,6 +64,13 @@ def test_seconds_are_those_that_an_h100_took():
             assert planned == pytest.approx(m.seconds, rel=0.1), m
 
 
+def test_optimizers_take_what_they_took_on_an_h100():
+    c = replace(XmodelConfig(), block_size=PHASE['block_size'])
+    for kind, seconds in (('adamw', 0.0074 + 0.0155), ('muon', 0.0076 + 0.1484 + 0.0029)):
+        told = plan.plan_phase(PHASE | {'optimizer': kind}, c, 1, plan.GPUS['h100'])
+        assert told['optimizer'] == pytest.approx(seconds, rel=0.1)
+
+
 # --- memory ---
 
 # a step of few tokens first, which loads what libraries load
