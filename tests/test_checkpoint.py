@@ -49,6 +49,17 @@ def test_damage_is_seen(tmp_path, harm):
     assert checkpoint.damaged(tmp_path / 'a.pt') == (harm != 'none')
 
 
+def test_no_flipped_bit_is_more_than_damage(tmp_path):
+    torch.save({'a': torch.arange(2)}, tmp_path / 'x.pt')
+    good, seen = (tmp_path / 'x.pt').read_bytes(), 0
+    for bit in range(8 * len(good)):
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        (tmp_path / 'x.pt').write_bytes(bad)
+        seen += checkpoint.damaged(tmp_path / 'x.pt')            # and raises nothing
+    assert seen > len(good)                                      # names, dates, padding are free
+
+
 def test_what_a_killed_process_left_is_swept_up_and_nothing_else(tmp_path):
     for name in ('step_3.pt', 'step_6.pt.tmp', 'log.jsonl', 'run.json.tmp'):
         (tmp_path / name).write_text('x')

@@ -132,7 +132,7 @@ def test_memory_is_what_an_h100_took():
 
 @pytest.mark.parametrize('again', [False, True])
 def test_two_and_three_blocks_tell_of_all(again):
-    c = XmodelConfig(9, 2, 1, 64, 160, 2**18, 1024)
+    c = XmodelConfig(9, 2, 1, 64, 160, 2**10, 1024)
     assert plan.activations(c, 3, again, False) == \
         pytest.approx(plan.peak_of_a_step(c, 3, again), rel=0.01)
 
