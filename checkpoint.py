@@ -60,6 +60,10 @@ def damaged(path):
             return file.testzip() is not None
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError):
         return True
+    except OSError as e:
+        if e.errno != errno.EINVAL:                            # not a place that cannot be
+            raise
+        return True
 
 
 def write_checkpoint(path, state):
