@@ -301,6 +301,99 @@ def way_on(there, config):
     return ''
 
 
+def set_up(defaults, knobs, there, rank=0):
+    """(model's config, data, checkpoint to start from or None, whether that resumes, first step).
+
+    there: the checkpoints in out_dir. A mistake ends the program in one line. Rank 0, which comes
+    first, makes data sets that are missing, and tells what the others need not repeat.
+    """
+    run = Path(out_dir)
+    if replay >= 0:
+        if not (run / 'run.json').exists():
+            fail(f'{run} holds no run whose step could be looked at again')
+        there = [file for file in there if int(file.stem[5:]) <= replay]
+    elif rank == 0 and not resume and (Path(run, 'log.jsonl').exists() or there):
+        fail(f'{run} holds a run already: --resume goes on with it, --out_dir=DIR starts another')
+    resuming, start, step = (resume or replay >= 0) and bool(there), None, 0
+    names = list(dict.fromkeys(name for phase in phases for name in phase['data']))
+    try:
+        config = model_config(globals())
+        if fp8:                                                  # before data are made
+            with torch.device('meta'):
+                convert_to_float8(Xmodel(config))
+        try:
+            if resuming or init_from:
+                start = read_start(there[-1] if resuming else init_from, config, rank == 0)
+        except ValueError as e:
+            fail(f'{e}{way_on(there, config) if resume else ""}')
+        if rank == 0:
+            prepare_missing(data_dir, names, sources, vocab_size)
+        data = open_data(data_dir, names, vocab_size, sources)
+        if rank == 0:
+            check_ids(data_dir, data)
+        for phase in phases:
+            get_batch(data, phase['data'], [0], phase['block_size'], seed)     # weights are fit
+            for name, split in itertools.product(phase['data'], ('train', 'val')):
+                data[name].n_windows(split, phase['block_size'])
+    except ValueError as e:
+        fail(e)
+    knobs['data'] = {name: data[name].meta['train']['sha256'] for name in names}
+    if start:
+        # a knob that there was not then has its default
+        lines = changes(defaults | start['knobs'], knobs) if resuming else []
+        for line in lines:
+            if line.split(':')[0].split('.')[0] not in FREE:
+                fail(f'--resume goes on with the same run, but {line}; for a changed one: '
+                     f'--init_from={start["path"]} --out_dir=NEW')
+        lines += changes(start['made_by'], made_by()) if resuming and start['made_by'] else []
+        for line in lines:
+            if rank == 0 and not line.startswith(('resume:', 'replay:')):
+                tell(f'resume: {line}')
+        step = start['step'] if resuming or init_step < 0 else init_step
+        total = sum(phase['steps'] for phase in phases)
+        if step >= total:
+            fail(f'{start["path"]} is at step {step} of {total}: nothing is left to do'
+                 + (' (--init_step=0 starts anew with its weights)' if not resuming else ''))
+    if replay >= 0 and not there:                                # then from where it began
+        try:
+            told = json.loads((run / 'run.json').read_text())
+            told = {'knobs': dict(told['knobs']), 'first_step': told['first_step']}
+        except (ValueError, LookupError, TypeError):
+            fail(f'{run}/run.json is damaged, and there is no checkpoint at or before step '
+                 f'{replay} to begin with')
+        now, then = ({k: v for k, v in found.items() if k not in FREE - {'init_from'}}
+                     for found in (json.loads(json.dumps(knobs)), told['knobs']))
+        if now != then or step != told['first_step']:
+            fail(f'{run} has no checkpoint at or before step {replay}, and it began otherwise than '
+                 'this would, by its run.json')
+    return config, data, start, resuming, step
+
+
+def tell_of_disk(e):
+    """End the program in one line for an OSError: a full disk, a folder that is not writable."""
+    fail(f'{e.filename or out_dir}: {e.strerror or e}; what was saved before is whole')
+
+
+def rank_0_first(work, rank, world):
+    """Give all ranks what work() gives on rank 0; where it ends the program there, all ranks end."""
+    found = code = None
+    if rank == 0:
+        try:
+            found = work()
+        except SystemExit as e:
+            code = e.code
+        except OSError as e:
+            with suppress(SystemExit):
+                tell_of_disk(e)
+            code = 2
+    told = [found, code]
+    if world > 1:
+        dist.broadcast_object_list(told)
+    if told[1] is not None:
+        sys.exit(told[1])
+    return told[0]
+
+
 def check_knobs(world):
     """End the program in one line where the knobs cannot be right for so many ranks."""
     check_range(globals(), 1, 2**63, 'log_interval', 'eval_interval', 'eval_rows',
@@ -340,82 +433,34 @@ def main(defaults, knobs, rank, world):
                                 timeout=timedelta(seconds=3 * hang_seconds))
 
     # --- what the run starts from: nothing, its own newest checkpoint, or another run's ---
-    run, log_file = Path(out_dir), Path(out_dir, 'log.jsonl')
-    # locked before the checkpoint is chosen, which is rank 0's choice for all
-    lock = take_folder(run) if rank == 0 and replay < 0 and run.is_dir() else None
-    there = [checkpoints(run)]
-    if world > 1:
-        dist.broadcast_object_list(there)
-    there, this = there[0], made_by()
+    run, log_file, found = Path(out_dir), Path(out_dir, 'log.jsonl'), []
+
+    def first():
+        # locked before the checkpoint is chosen, which is rank 0's choice for all
+        lock = take_folder(run) if replay < 0 and run.is_dir() else None
+        there = checkpoints(run)
+        found[:] = [*set_up(defaults, knobs, there), lock]
+        return there
+
+    there = rank_0_first(first, rank, world)
+    config, data, start, resuming, step, lock = found or \
+        [*set_up(defaults, knobs, there, rank), None]
     if replay >= 0:
-        if not (run / 'run.json').exists():
-            fail(f'{run} holds no run whose step could be looked at again')
-        there = [file for file in there if int(file.stem[5:]) <= replay]
         total = replay + 1
-    elif not resume and (log_file.exists() or there):
-        fail(f'{run} holds a run already: --resume goes on with it, --out_dir=DIR starts another')
-    resuming = (resume or replay >= 0) and bool(there)
-    names = list(dict.fromkeys(name for phase in phases for name in phase['data']))
-    try:
-        config = model_config(globals())
-        if fp8:                                                  # before data are made
-            with torch.device('meta'):
-                convert_to_float8(Xmodel(config))
-        try:
-            start = read_start(there[-1] if resuming else init_from, config, rank == 0) \
-                if resuming or init_from else None
-        except ValueError as e:
-            fail(f'{e}{way_on(there, config) if resume else ""}')
-        if rank == 0:
-            prepare_missing(data_dir, names, sources, vocab_size)
-        if world > 1:
-            dist.barrier()
-        data = open_data(data_dir, names, vocab_size, sources)
-        if rank == 0:
-            check_ids(data_dir, data)
-        for phase in phases:
-            get_batch(data, phase['data'], [0], phase['block_size'], seed)     # weights are fit
-            for name, split in itertools.product(phase['data'], ('train', 'val')):
-                data[name].n_windows(split, phase['block_size'])
-    except ValueError as e:
-        fail(e)
-    knobs['data'] = {name: data[name].meta['train']['sha256'] for name in names}
 
     torch.manual_seed(seed)
     model = Xmodel(config).to(where)
-    step, tokens, kind, optimizers = 0, 0, None, None            # kind: 'adamw' or 'muon'
+    tokens, kind, optimizers = 0, None, None                     # kind: 'adamw' or 'muon'
     recent, watch = [], (-50, 0.0)          # last losses; (change of optimizer, limit after it)
     proxy = read_log(reference) if reference else []
     if start:
-        # a knob that there was not then has its default
-        for line in changes(defaults | start['knobs'], knobs) if resuming else ():
-            if line.split(':')[0].split('.')[0] not in FREE:
-                fail(f'--resume goes on with the same run, but {line}; for a changed one: '
-                     f'--init_from={start["path"]} --out_dir=NEW')
-            if not line.startswith(('resume:', 'replay:')):
-                say(f'resume: {line}')
-        for line in changes(start['made_by'], this) if resuming and start['made_by'] else ():
-            say(f'resume: {line}')
         model.load_state_dict(start.pop('model'))
-        step = start['step'] if resuming or init_step < 0 else init_step
         if step == start['step']:
             tokens, kind = start['tokens'], start['optimizer']
             recent, watch = start['recent'], start['watch']
-        if step >= total:
-            fail(f'{start["path"]} is at step {step} of {total}: nothing is left to do'
-                 + (' (--init_step=0 starts anew with its weights)' if not resuming else ''))
-    if replay >= 0 and not there:                                # then from where it began
-        try:
-            told = json.loads((run / 'run.json').read_text())
-            told = {'knobs': dict(told['knobs']), 'first_step': told['first_step']}
-        except (ValueError, LookupError, TypeError):
-            fail(f'{run}/run.json is damaged, and there is no checkpoint at or before step '
-                 f'{replay} to begin with')
-        now, then = ({k: v for k, v in found.items() if k not in FREE - {'init_from'}}
-                     for found in (json.loads(json.dumps(knobs)), told['knobs']))
-        if now != then or step != told['first_step']:
-            fail(f'{run} has no checkpoint at or before step {replay}, and it began otherwise than '
-                 'this would, by its run.json')
+        say(f'begins with {start["path"]}: weights'
+            + (f", {kind}'s state" if kind and step < total and
+               kind == phase_at(step)[0]['optimizer'] else ''))
     model.activation_checkpointing = activation_checkpointing
     scaling = None
     if fp8:
@@ -427,13 +472,18 @@ def main(defaults, knobs, rank, world):
         if start and start['fp8'] and step == start['step'] and fp8_amax_history_len == \
                 start['knobs']['fp8_amax_history_len']:          # else a new history begins
             scaling.load_state_dict(start['fp8'])
-    if rank == 0 and replay < 0:
+    def begin():
+        nonlocal lock
         lock = lock or take_folder(run)                          # kept open to the end
-        if not resuming and (log_file.exists() or checkpoints(run)) and not resume:
+        if not resume and (log_file.exists() or checkpoints(run)):
             fail(f'{run} holds a run by now, which began when this one did')
         begin_folder(run, step if resuming else 0, {
             'knobs': knobs, 'first_step': step, 'argv': sys.argv, 'device': str(where),
             'bf16': bf16, 'ranks': world, 'threads': torch.get_num_threads(), **this})
+
+    this = made_by()
+    if replay < 0:
+        rank_0_first(begin, rank, world)
 
     # --- the table of what is going to happen ---
     size = [phase['steps'] * phase['batch'] * phase['block_size'] for phase in phases]  # in tokens
@@ -689,8 +739,8 @@ if __name__ == '__main__':
         sys.stdout.reconfigure(line_buffering=True)              # a job's log shows what goes on
     try:
         main(defaults, knobs, rank, world)
-    except OSError as e:                                         # disk full, folder not writable
-        fail(f'{e.filename or out_dir}: {e.strerror or e}; what was saved before is whole')
+    except OSError as e:
+        tell_of_disk(e)
     except KeyboardInterrupt:
         print(f'train.py: stopped; --resume goes on from the newest checkpoint in {out_dir}',
               file=sys.stderr)
