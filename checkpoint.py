@@ -14,7 +14,6 @@ import importlib.metadata
 import json
 import math
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -88,7 +87,7 @@ def write_checkpoint(path, state):
 
 def checkpoints(run):
     """The step_N.pt files of a run's folder, in order of N."""
-    files = [f for f in Path(run).glob('step_*.pt') if f.stem[5:].isdecimal()]
+    files = [f for f in Path(run).glob('step_*.pt') if f.stem[5:].isdecimal() and not f.is_dir()]
     return sorted(files, key=lambda f: int(f.stem[5:]))
 
 
@@ -105,7 +104,7 @@ def read_checkpoint(path, check=True):
         if not files:
             raise ValueError(f'{path} holds no checkpoint (step_N.pt)')
         path = files[-1]
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         there = ', '.join(file.stem[5:] for file in checkpoints(os.path.dirname(path) or '.'))
         raise ValueError(f'{path} does not exist; ' + (
             f'N of step_N.pt there: {there}' if there else
@@ -124,9 +123,12 @@ def read_checkpoint(path, check=True):
         with torch.device('meta'):
             right = Xmodel(config).state_dict()
         shapes, right = ({k: v.shape for k, v in d.items()} for d in (checkpoint['model'], right))
-        if shapes != right or type(checkpoint['step']) is not int \
+        if shapes != right or type(checkpoint['step']) is not int or checkpoint['step'] < 0 \
+                or checkpoint['optimizer'] not in (None, 'adamw', 'muon') \
                 or type(checkpoint['tokens']) is not int or type(checkpoint['knobs']) is not dict \
-                or not all(t.is_floating_point() for t in checkpoint['model'].values()):
+                or not all(t.is_floating_point() for t in checkpoint['model'].values()) \
+                or any(t.shape not in (right[name], ()) for name, moments in
+                       checkpoint['optimizer_state'].items() for t in moments.values()):
             raise ValueError
         return checkpoint
     except Exception as e:  # noqa: BLE001                         (torch.load raises many kinds)
@@ -192,8 +194,9 @@ def take_folder(run):
     file.truncate(0)
     file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
     file.flush()
-    for temporary in run.glob('*.tmp'):                            # of a process that was killed
-        temporary.unlink()
+    for name in ('step_*.pt', 'log.jsonl', 'run.json'):            # of a process that was killed
+        for temporary in run.glob(f'{name}.tmp'):
+            temporary.unlink()
     return file
 
 
@@ -210,24 +213,31 @@ def made_by():
             **{name: importlib.metadata.version(name) for name in ('torch', 'numpy', 'tiktoken')}}
 
 
+def step_of(line):
+    """The step that a line of log.jsonl is of; -1 if it is no such line."""
+    try:
+        return int(json.loads(line)['step'])
+    except (ValueError, KeyError, TypeError):
+        return -1
+
+
 def begin_folder(run, step, about):
     """Keep of the run's log the lines before `step`, and no heartbeats; write run.json.
 
-    A log that would lose lines though there was no checkpoint to go on from is kept as log.old.
+    A log that is damaged, or has lines though there was no checkpoint to go on from, is also kept
+    as log.old.
     """
-    log, kept = run / 'log.jsonl', []
+    log = run / 'log.jsonl'
     for beat in run.glob('heartbeat_*'):                           # there may be fewer ranks now
         beat.unlink()
-    if log.exists() and step:
-        for line in log.read_text().splitlines(keepends=True):
-            if not re.match(r'{"step": \d+,.*}\n', line) or json.loads(line)['step'] >= step:
-                break                                              # cut off by a kill, or later
-            kept.append(line)
-    elif log.exists():
-        os.replace(log, run / 'log.old')
+    old = log.read_bytes() if log.exists() else b''
+    lines = old.decode(errors='replace').split('\n')[:-1]          # the last one: cut off by a kill
+    if old and not (step and all(step_of(line) >= 0 for line in lines)):
+        replace_file(run / 'log.old', lambda f: f.write(old))
+    kept = ''.join(line + '\n' for line in lines if 0 <= step_of(line) < step)
     # the log last: without one, a disk that is full by now leaves no run that would be in the way
     replace_file(run / 'run.json', lambda f: f.write(json.dumps(about, indent=1).encode()))
-    replace_file(log, lambda f: f.write(''.join(kept).encode()))
+    replace_file(log, lambda f: f.write(kept.encode()))
 
 
 def changes(old, new, path=''):

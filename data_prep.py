@@ -534,18 +534,21 @@ def prepare_missing(data_dir, names, sources, vocab_size):
     A source whose path has spaces is quoted, as in a shell. ValueError, in one line, for a data set
     that sources does not name; SystemExit if making one fails.
     """
-    for name in names:
+    missing = [name for name in names if not Path(data_dir, name).exists()]
+    missing.sort(key=lambda name: bool(sources.get(name)))       # first what nothing can make
+    for name in missing:
         folder = Path(data_dir, name)
         args = [*(source_args(sources, name) or ['FOLDER']), f'--out_dir={folder}',
                 f'--vocab_size={vocab_size}']
-        if not folder.exists():
-            command = f'python data_prep.py {shlex.join(args)}'
-            if not sources.get(name):
-                raise ValueError(f'{folder} is missing: {command}')
-            print(f'{folder} is missing, so: {command}', flush=True)
-            run = subprocess.run([sys.executable, __file__, *args], check=False)
-            if run.returncode:
-                sys.exit(run.returncode)
+        command = f'python data_prep.py {shlex.join(args)}'
+        if not sources.get(name):
+            others = [other for other in missing if not sources.get(other)][1:]
+            raise ValueError(f'{folder} is missing: {command}'
+                             + (f'; and so are {", ".join(others)}' if others else ''))
+        print(f'{folder} is missing, so: {command}', flush=True)
+        run = subprocess.run([sys.executable, __file__, *args], check=False)
+        if run.returncode and not (folder / 'meta.json').exists():         # nor made meanwhile
+            sys.exit(run.returncode)
 
 
 def error(message):

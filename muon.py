@@ -259,13 +259,16 @@ def gather_state(optimizers):
 def load_state(optimizers, state):
     """Take this rank's parts of what gather_state gave, with whatever number of ranks.
 
-    ValueError where there is none, as in bare weights.
+    ValueError where there is none, as in bare weights, or that of another model.
     """
     for optimizer, name, p, part in parameters_of(optimizers):
         if name not in state:
             raise ValueError(f'it holds no state of the optimizer for {name}')
         if isinstance(optimizer, AdamW) and 'step' not in state[name]:
             continue                                               # it had not made one yet
+        if any(key not in state[name] or state[name][key].shape != p.shape
+               for key in optimizer.kept):
+            raise ValueError(f'its state of the optimizer for {name} is that of another model')
         mine = {key: optimizer.part_of(p, whole) for key, whole in state[name].items()
                 if key in optimizer.kept}
         if all(t is not None for t in mine.values()):

@@ -210,7 +210,7 @@ def alive(tracker, when):
 
 
 def peak_of_a_step(c, rows, checkpointing=False, fp8=False, bf16=True, as_on_gpu=True):
-    """Bytes beside weights and gradients at the peak of forward and backward, in eager mode."""
+    """Bytes beside weights and gradients, in eager mode, at the peak of (forward, all of it)."""
     before = F.rms_norm, network.CHUNK
     if as_on_gpu:
         F.rms_norm = lambda x, shape, weight, eps: KernelRMSNorm.apply(x, weight)
@@ -229,17 +229,22 @@ def peak_of_a_step(c, rows, checkpointing=False, fp8=False, bf16=True, as_on_gpu
             with tracker:
                 with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
                     loss = model(x, x)[1]
+                forward = alive(tracker, 'peak')
                 loss.backward()
-            return alive(tracker, 'peak') - 8 * model.num_params()
+            return forward - 8 * model.num_params(), alive(tracker, 'peak') - 8 * model.num_params()
     finally:
         F.rms_norm, network.CHUNK = before
 
 
 @cache
 def activations(c, rows, checkpointing, fp8):
-    """peak_of_a_step of the whole model. Blocks are alike, so two and three of them tell all."""
+    """The most that a step of the whole model holds: blocks are alike, so 2 and 3 of them tell all.
+
+    The peak is where forward ends or, with so few tokens that they count less than the embedding's
+    gradient, where backward does: so both are followed, as each is linear in the number of blocks.
+    """
     two, three = (peak_of_a_step(replace(c, n_layer=n), rows, checkpointing, fp8) for n in (2, 3))
-    return two + (c.n_layer - 2) * (three - two)
+    return max(a + (c.n_layer - 2) * (b - a) for a, b in zip(two, three))
 
 
 def most_rows(c, checkpointing, fp8, room):
@@ -295,13 +300,16 @@ def plan_phase(phase, c, world, on):
     rows = train.rows_of_a_micro_batch(share, T)
     # (of the same model in all phases, so that it is measured once)
     state, own = optimizer_bytes(replace(c, block_size=1), phase['optimizer'])
+    state /= world
     matrices, busiest, arriving = [], 0, 0
     if phase['optimizer'] == 'muon':
         matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-        loads = Counter()
+        loads, sizes = Counter(), Counter()
         for p, rank in share_out(matrices, world).items():
             loads[rank] += newton_schulz_flops(p.shape)
+            sizes[rank] += 4 * p.numel()                         # its momentum
         busiest = max(loads.values())
+        state += max(sizes.values()) - sum(sizes.values()) / world
         # U Vᵀ in bf16 from all ranks, of two shapes at a time
         arriving = sum(sorted(2 * sum(p.numel() for p in matrices if p.shape == shape)
                               for shape in {p.shape for p in matrices})[-2:])
@@ -310,7 +318,7 @@ def plan_phase(phase, c, world, on):
     arriving = max(arriving, 4 * stepped / world)                # its weights, a rank's at a time
 
     # --- memory ---
-    held, fixed = activations(c, rows, *how), 8 * P + state / world
+    held, fixed = activations(c, rows, *how), 8 * P + state
     passing = own / world + arriving * several
 
     # --- time ---
@@ -329,7 +337,7 @@ def plan_phase(phase, c, world, on):
         late, seconds_to_receive(2 * gradient * P, world, on) - micro * 2 / 3)
     step = micro * share / rows + optimizer + exposed
     return {'name': phase['name'], 'batch': phase['batch'], 'T': T, 'share': share, 'rows': rows,
-            'weights': 4 * P, 'gradients': 4 * P, 'state': state / world, 'activations': held,
+            'weights': 4 * P, 'gradients': 4 * P, 'state': state, 'activations': held,
             'passing': passing, 'memory': fixed + max(held, passing),
             'chunk': 4 * min(network.CHUNK_ON_GPU, rows * T * c.vocab_size),
             'most_rows': most_rows(c, *how, ROOM * on.memory - fixed),
@@ -356,7 +364,7 @@ def say(text, end='\n\n', indent=''):
 
 
 def gb(size):
-    return f'{size / 1e9:.1f}'
+    return f'{size / 1e9:.3g}'
 
 
 def tell(c, plans, on):
@@ -369,6 +377,12 @@ def tell(c, plans, on):
         f'Blocks in {"FP8" if train.fp8 else "bf16"}, activation checkpointing '
         f'{"on" if train.activation_checkpointing else "off"}, gradients added up in '
         f'{train.reduce_dtype}, at most {train.micro_batch_tokens:,} tokens a micro-batch.')
+    if odd := [p for p in ours if p['batch'] % gpus]:
+        say(f'**train.py refuses this: the {odd[0]["batch"]} rows of {odd[0]["name"]} cannot be '
+            f'shared out evenly among {gpus} GPUs.**')
+    if few := [p for p in ours if p['rows'] * p['T'] < 10_000]:
+        say(f'**It will take longer: with micro-batches of {few[0]["rows"]} x {few[0]["T"]} tokens '
+            'a GPU waits for Python.**')
     print('## Memory of a GPU, GB\n')
     say('"Activations" is all that forward and backward hold at their peak beside weights and '
         'gradients, in eager mode (compiled blocks hold less: see the last table). A chunk of '
@@ -393,13 +407,13 @@ def tell(c, plans, on):
     table(('phase', 'GFLOP a token', 'batch', 'micro-batches', 'received a step, GB',
            'forward, backward, s', 'optimizer, s', 'Newton-Schulz', 'communication, s', 'step, s',
            'tokens/s', 'steps', 'days'),
-          *((p['name'], f'{p["flops"] / 1e9:.2f}', f'{p["batch"]} x {p["T"]}',
-             p['share'] // p['rows'], gb(p['received']), f'{p["micro"]:.2f}',
-             f'{p["optimizer"]:.3f}', f'{p["newton_schulz"] / p["step"]:.2%}',
-             f'{p["exposed"]:.3f}', f'{p["step"]:.2f}', f'{p["tok_per_s"]:,.0f}',
-             f'{p["steps"]:,}', f'{p["days"]:.1f}') for p in ours))
+          *((p['name'], f'{p["flops"] / 1e9:.3g}', f'{p["batch"]} x {p["T"]}',
+             p['share'] // p['rows'], gb(p['received']), f'{p["micro"]:.3g}',
+             f'{p["optimizer"]:.2g}', f'{p["newton_schulz"] / p["step"]:.2%}',
+             f'{p["exposed"]:.2g}', f'{p["step"]:.3g}', f'{p["tok_per_s"]:,.0f}',
+             f'{p["steps"]:,}', f'{p["days"]:.3g}') for p in ours))
     tokens = sum(p['batch'] * p['T'] * p['steps'] for p in ours)
-    say(f'In all {tokens / 1e12:.4g}T tokens in {sum(p["days"] for p in ours):.1f} days, if:')
+    say(f'In all {tokens / 1e12:.4g}T tokens in {sum(p["days"] for p in ours):.3g} days, if:')
     for line in (
             f'each {gpu} has {on.bf16 / 1e12:.0f} TFLOP/s in bf16'
             + (f', {on.fp8 / 1e12:.0f} in FP8' if on.fp8 else '')
@@ -416,8 +430,8 @@ def tell(c, plans, on):
            'step, s', 'tokens/s a GPU', 'days'),
           *((f'{world:,}', p['name'], f'{p["batch"] / world:.3g}'
              + ' (does not divide)' * bool(p['batch'] % world), gb(p['memory']),
-             f'{p["micro"]:.2f}', f'{p["exposed"] / p["step"]:.0%} of a step', f'{p["step"]:.2f}',
-             f'{p["tok_per_s"] / world:,.0f}', f'{p["days"]:.2f}')
+             f'{p["micro"]:.3g}', f'{p["exposed"] / p["step"]:.0%} of a step', f'{p["step"]:.3g}',
+             f'{p["tok_per_s"] / world:,.0f}', f'{p["days"]:.3g}')
             for world, phases in plans.items() for p in phases))
     say('Where DDP with a sharded optimizer stops being enough: train.py gives every GPU the same '
         f'number of whole rows, so it takes at most {math.gcd(*(p["batch"] for p in ours))} GPUs, '
@@ -469,7 +483,7 @@ def tell_of_measurements():
 def main(argv):
     own = [a for a in argv if a.partition('=')[0] in ('--gpus', '--gpu', '--help', '-h')]
     configure(globals(), own)
-    check_range(globals(), 1, 2**16, 'gpus')
+    check_range(globals(), 1, 2**16 + 1, 'gpus')
     configure(vars(train), [a for a in argv if a not in own], default='config/xmodel25.py')
     train.check_knobs(1)
     on = GPUS[gpu]

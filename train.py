@@ -6,8 +6,9 @@
     python train.py config/proxy20m.py --resume  # go on after an interruption, bit for bit
     python train.py --help                       # every knob with its default
 
-A config file and then --key=value override the knobs below; --phases.NAME.KEY=value reaches into
-the curriculum. What a run writes is in out_dir: log.jsonl, run.json and checkpoints, step_N.pt.
+Without a config file it is config/proxy20m.py. Config files, and then --key=value, override the
+knobs below; --phases.NAME.KEY=value reaches into the curriculum. What a run writes is in out_dir:
+log.jsonl, run.json and checkpoints, step_N.pt.
 """
 import copy
 import ctypes
@@ -161,8 +162,8 @@ def lr_at(step):
 
 def rows_of_a_micro_batch(share, T):
     """As many of a rank's `share` rows of T tokens as micro_batch_tokens allow, in equal parts."""
-    return max(r for r in range(1, share + 1)
-               if share % r == 0 and (r == 1 or r * T <= micro_batch_tokens))
+    most = max(1, min(share, micro_batch_tokens // T))
+    return max(r for r in range(1, most + 1) if share % r == 0)
 
 
 def check_phases(phases, steps_scale=1.0):
@@ -180,14 +181,15 @@ def check_phases(phases, steps_scale=1.0):
             value, right = phase.get(key), ''
             if key == 'name' and (not isinstance(value, str) or names.count(value) > 1):
                 right = 'a name of its own'
-            elif key in lowest and (type(value) is not int or value < lowest[key]):
-                right = f'an integer of at least {lowest[key]}'
+            elif key in lowest and (type(value) is not int or not lowest[key] <= value < 2**31):
+                right = f'an integer of at least {lowest[key]}, and below {2**31}'
             elif key in choices and value not in choices[key]:
                 right = f'one of {", ".join(choices[key])}'
             elif key in lrs and not (isinstance(value, tuple) and len(value) == 3 and all(
-                    type(v) in (int, float) and 0 <= v < math.inf for v in value)):
+                    type(v) in (int, float) and 0 <= v < 1e9 for v in value)):
                 right = '(start, peak, end) in units of the learning rate'
-            elif key == 'data' and not (isinstance(value, dict) and value):
+            elif key == 'data' and not (isinstance(value, dict) and value and
+                                        all(type(name) is str for name in value)):
                 right = '{data set: weight}'
             elif key not in ('name', *lowest, 'data', *choices, *lrs):
                 right = 'left out: no phase has such a key'
@@ -209,6 +211,7 @@ def evaluate(model, data, phase, rows, device, autocast):
     """data set -> mean loss in nats over eval_rows windows, spread over its validation split."""
     losses, T, (rank, world) = {}, phase['block_size'], ranks()
     for name in phase['data']:
+        faulthandler.dump_traceback_later(2 * hang_seconds, exit=True, file=sys.__stderr__)
         there = data[name].n_windows('val', T)
         n = min(eval_rows, there)
         found = torch.zeros(2, dtype=torch.float64)              # sum of losses, how many
@@ -326,7 +329,7 @@ def set_up(defaults, knobs, there, rank=0):
                 start = read_start(there[-1] if resuming else init_from, config, rank == 0)
         except ValueError as e:
             fail(f'{e}{way_on(there, config) if resume else ""}')
-        if rank == 0:
+        if rank == 0 and replay < 0:
             prepare_missing(data_dir, names, sources, vocab_size)
         data = open_data(data_dir, names, vocab_size, sources)
         if rank == 0:
@@ -375,7 +378,7 @@ def tell_of_disk(e):
 
 
 def rank_0_first(work, rank, world):
-    """Give all ranks what work() gives on rank 0; where it ends the program there, all ranks end."""
+    """Give all ranks what work() gives on rank 0; where it ends the program there, all end."""
     found = code = None
     if rank == 0:
         try:
@@ -449,7 +452,10 @@ def main(defaults, knobs, rank, world):
         total = replay + 1
 
     torch.manual_seed(seed)
-    model = Xmodel(config).to(where)
+    try:
+        model = Xmodel(config).to(where)
+    except RuntimeError as e:                                    # the allocator's
+        fail(f'{where} cannot hold this model: {str(e).splitlines()[0]}')
     tokens, kind, optimizers = 0, None, None                     # kind: 'adamw' or 'muon'
     recent, watch = [], (-50, 0.0)          # last losses; (change of optimizer, limit after it)
     proxy = read_log(reference) if reference else []
@@ -501,7 +507,10 @@ def main(defaults, knobs, rank, world):
         f'{sum(size):,} tokens, {sum(size) / N:.3g} a parameter outside it')
     formats = ('bf16' if bf16 else 'fp32') + {False: '', True: ', FP8 in blocks',
                                               'dynamic': ', dynamic FP8 in blocks'}[fp8]
-    say(f'{where}, {formats}, {torch.get_num_threads()} threads, to {run}'
+    say(f'{where}, {formats}, '
+        + (f'{world} ranks that add up gradients in {reduce_dtype}, each ' if world > 1 else '')
+        + f'{torch.get_num_threads()} threads, '
+        + (f'looks at step {replay} of' if replay >= 0 else 'to') + f' {run}'
         + (', where there is no checkpoint yet' if resume and not resuming else ''))
 
     # Compiling pays where eager would take minutes. On macOS and MPS users report NaN losses.
@@ -525,6 +534,7 @@ def main(defaults, knobs, rank, world):
     def save():
         """Write a checkpoint, from a copy, while training goes on; first the last one has to be."""
         nonlocal writing, saved
+        faulthandler.dump_traceback_later(2 * hang_seconds, exit=True, file=sys.__stderr__)
         saved = step
         if writing:
             writing.result()
@@ -543,8 +553,9 @@ def main(defaults, knobs, rank, world):
             raise KeyboardInterrupt
         signals.append((number, time.monotonic()))
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:           # as of SIGHUP under nohup
+            signal.signal(number, on_signal)
     while step < total:
         # A hang ends the job: torchrun ends the others and names the rank. From where ranks wait
         # for one another on, they have twice the time: one that hangs in its data ends first.
@@ -585,7 +596,7 @@ def main(defaults, knobs, rank, world):
         faulthandler.dump_traceback_later(2 * hang_seconds, exit=True, file=sys.__stderr__)
         if world > 1:
             dist.all_reduce(counts)
-        targets, signalled = counts
+        targets, signalled = counts.clamp(min=1)[0], counts[1]   # (prompts alone have no target)
         if signalled:                                            # some rank is to end
             break
         graph = rows, T, scaling and scaling.own_amax
@@ -722,13 +733,16 @@ def main(defaults, knobs, rank, world):
                 + ': --resume goes on')
         sys.exit(128 + number)
     if replay >= 0:
-        say(f'step {replay}: rows {rows_of_step[0]} to {rows_of_step[1] - 1} of phase '
-            f'{phase["name"]}, loss {loss!r}, gradient norm {grad_norm!r}')
+        right = [line for line in read_log(run) if line['step'] == replay]
+        say(f'step {replay}: loss {loss!r}, gradient norm {grad_norm!r}'
+            + (f'; the log has {right[0]["loss"]!r}, {right[0]["grad_norm"]!r}' if right else ''))
         return
     say(f'done: {checkpoints(run)[-1]}; python sample.py {run} --prompt="def fib(n):"')
 
 
 if __name__ == '__main__':
+    if sys.stderr is None:                                       # closed by who started this
+        sys.stderr = sys.__stderr__ = open(os.devnull, 'w')  # noqa: SIM115
     defaults = knob_values(globals())
     rank, world = (int(os.environ.get(key, n)) for key, n in (('RANK', '0'), ('WORLD_SIZE', '1')))
     with nullcontext() if rank == 0 else redirect_stderr(io.StringIO()):     # rank 0 tells for all

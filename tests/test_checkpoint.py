@@ -71,6 +71,23 @@ def test_what_a_killed_process_left_is_swept_up_and_nothing_else(tmp_path):
         assert f'process {os.getpid()} on ' in (tmp_path / 'lock').read_text()
 
 
+def test_a_damaged_log_keeps_what_is_right_in_it(tmp_path):
+    good = [f'{{"step": {n}, "loss": 1.0}}' for n in range(8)]
+    text = '\n'.join([*good[:3], '{"step": 3}{"step": 4}', *good[5:], '{"step": 8, "lo']).encode()
+    log = tmp_path / 'log.jsonl'
+    for old, step, kept in ((text, 7, [0, 1, 2, 5, 6]), (b'\xff\x00' + text, 7, [1, 2, 5, 6]),
+                            ('\n'.join(good).encode(), 4, [0, 1, 2, 3]), (b'', 4, [])):
+        log.write_bytes(old)
+        checkpoint.begin_folder(tmp_path, step, {})
+        lines = log.read_text().splitlines()
+        assert [checkpoint.step_of(line) for line in lines] == kept and set(lines) <= set(good)
+        damaged = bool(old) and len(kept) != step
+        assert (tmp_path / 'log.old').exists() == damaged
+        if damaged:
+            assert (tmp_path / 'log.old').read_bytes() == old
+            (tmp_path / 'log.old').unlink()
+
+
 @pytest.mark.parametrize('keep, left', [(0, [6, 9]), (1, [6, 9]), (2, [6, 7, 9])])
 def test_prune_keeps_the_newest_and_those_at_the_ends(tmp_path, keep, left):
     for n in (3, 6, 7, 9):

@@ -99,10 +99,16 @@ def test_the_paper_run_starts_on_eight_ranks_and_goes_through_its_phases(data_di
     assert done.stdout.count('step 6: phase decay') == 1
 
 
-def test_a_wrong_knob_is_told_once(tiny):
-    told = run_ranks(2, 'train.py', *tiny, '--phases.stable.batch=3')
-    assert [process.returncode for process in told] == [2, 2] and told[1].stderr == ''
-    assert "phase 'stable': batch=3 cannot be shared out evenly among 2 ranks" in refused(told[0])
+def test_a_mistake_is_told_once(tiny, tiny_run, tmp_path):
+    for flag, line in (
+            ('--phases.stable.batch=3', 'batch=3 cannot be shared out evenly among 2 ranks'),
+            (f'--data_dir={tmp_path}', 'stdlib is missing: python data_prep.py'),
+            (f'--out_dir={tiny_run}', 'holds a run already'),
+            (f'--init_from={tiny_run}', 'nothing is left to do'),
+            (f'--out_dir={ROOT / "train.py"}', 'train.py: File exists')):
+        told = run_ranks(2, 'train.py', *tiny, f'--out_dir={tmp_path / "run"}', flag)
+        assert [process.returncode for process in told] == [2, 2] and told[1].stderr == ''
+        assert line in refused(told[0]) and not (tmp_path / 'run').exists()
 
 
 def stop(command, told, number):

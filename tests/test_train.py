@@ -53,8 +53,10 @@ def test_a_step_is_looked_at_again(tiny_run, tiny, tmp_path):
     for step, rows in ((17, '4 to 7'), (2, '8 to 11')):           # step 2 from the beginning
         told = run('train.py', *tiny, f'--out_dir={folder}', f'--replay={step}').stdout
         right = log(tiny_run)[step]
-        assert f'step {step}: rows {rows} of phase {right["phase"]}, loss {right["loss"]!r}, ' \
-            f'gradient norm {right["grad_norm"]!r}' in told
+        assert f'step {step}: rows {rows} of phase {right["phase"]}\n' in told
+        figures = f'{right["loss"]!r}, {{}}{right["grad_norm"]!r}'
+        assert f'step {step}: loss {figures.format("gradient norm ")}; ' \
+            f'the log has {figures.format("")}' in told
         assert re.search(r'gradients: [a-z.]+\d?\S* \d', told)
     assert sorted((f.name, f.read_bytes()) for f in folder.iterdir()) == before
     state = torch.load(folder / 'step_18.pt')
@@ -254,6 +256,15 @@ def other_meta(data_dir, path, text=None, **changes):
     return path
 
 
+def other_moments(run, path):
+    """A checkpoint whose moments of the embedding have other rows."""
+    state = torch.load(run / 'step_18.pt')
+    own = state['optimizer_state']['embed.weight']
+    own['exp_avg'] = own['exp_avg'][:3]
+    torch.save(state, path)
+    return path
+
+
 WRONG = {   # name: (script, arguments from (tmp_path, tiny_run, data_dir), what the line tells)
     'no such config': ('train.py', lambda t, r, d: ['config/nan.py'], 'config/nano.py'),
     'unknown key': ('train.py', lambda t, r, d: ['--learning_rat=1.0'], "'learning_rate'"),
@@ -320,6 +331,16 @@ WRONG = {   # name: (script, arguments from (tmp_path, tiny_run, data_dir), what
     'no source': ('data_prep.py', lambda t, r, d: [t / 'none'], 'none'),
     'V too small': ('data_prep.py', lambda t, r, d: ['arith', '--vocab_size=100',
                                                      f'--out_dir={t / "x"}'], 'vocab_size=100'),
+    'a name that is none': ('train.py', lambda t, r, d: ['--phases.decay.data={1: 1.0}'],
+                            '{data set: weight}'),
+    'huge batch': ('train.py', lambda t, r, d: ['--phases.decay.batch=10000000000'], 'below'),
+    'huge lr': ('train.py', lambda t, r, d: [f'--phases.decay.lr=(0, 1{"0" * 400}, 1)'],
+                'in units of the learning rate'),
+    'too large a model': ('train.py', lambda t, r, d: ['--n_embd=1000000', '--n_ffn=1000000'],
+                          'cannot hold this model'),
+    'a device as checkpoint': ('train.py', lambda t, r, d: ['--init_from=/dev/zero'], 'not exist'),
+    'moments of another shape': ('train.py', lambda t, r, d: [
+        f'--init_from={other_moments(r, t / "w.pt")}'], 'is not a checkpoint of train.py'),
     'no GPU': ('plan.py', lambda t, r, d: ['--gpus=0'], 'gpus=0 should be at least 1'),
     'GPUs as text': ('plan.py', lambda t, r, d: ['--gpus=many'], 'gpus=many'),
     'no such GPU': ('plan.py', lambda t, r, d: ['--gpu=h300'], "'a100', 'h100'"),
