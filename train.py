@@ -478,6 +478,7 @@ def main(defaults, knobs, rank, world):
         if start and start['fp8'] and step == start['step'] and fp8_amax_history_len == \
                 start['knobs']['fp8_amax_history_len']:          # else a new history begins
             scaling.load_state_dict(start['fp8'])
+
     def begin():
         nonlocal lock
         lock = lock or take_folder(run)                          # kept open to the end
