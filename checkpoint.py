@@ -9,6 +9,7 @@ a zip file, which has one for each tensor.
 """
 import errno
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -19,7 +20,6 @@ import socket
 import subprocess
 import sys
 import zipfile
-import zlib
 from pathlib import Path
 
 import torch
@@ -57,10 +57,9 @@ def damaged(path):
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() is not None
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError):
-        return True
-    except OSError as e:
-        if e.errno != errno.EINVAL:                            # not a place that cannot be
+    except Exception as e:                                     # zipfile raises many kinds
+        # EINVAL: it says that something is before the file's beginning; None: from a decompressor
+        if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL):
             raise
         return True
 
@@ -194,12 +193,13 @@ def take_folder(run):
     file.truncate(0)
     file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
     file.flush()
-    for name in ('step_*.pt', 'log.jsonl', 'run.json'):            # of a process that was killed
+    for name in ('step_*.pt', 'log.jsonl', 'log.old', 'run.json'):  # of a process that was killed
         for temporary in run.glob(f'{name}.tmp'):
             temporary.unlink()
     return file
 
 
+@functools.cache
 def made_by():
     """What decides a run beside its knobs and data: code and packages."""
     here, code = Path(__file__).parent, hashlib.sha256()
@@ -217,7 +217,7 @@ def step_of(line):
     """The step that a line of log.jsonl is of; -1 if it is no such line."""
     try:
         return int(json.loads(line)['step'])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return -1
 
 

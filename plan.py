@@ -363,8 +363,13 @@ def say(text, end='\n\n', indent=''):
     print(textwrap.fill(text, 100, subsequent_indent=indent, break_on_hyphens=False), end=end)
 
 
+def short(number):
+    """Three digits of it or, from 1000 on, all before the point."""
+    return f'{number:.3g}' if number < 1000 else f'{number:,.0f}'
+
+
 def gb(size):
-    return f'{size / 1e9:.3g}'
+    return short(size / 1e9)
 
 
 def tell(c, plans, on):
@@ -408,12 +413,12 @@ def tell(c, plans, on):
            'forward, backward, s', 'optimizer, s', 'Newton-Schulz', 'communication, s', 'step, s',
            'tokens/s', 'steps', 'days'),
           *((p['name'], f'{p["flops"] / 1e9:.3g}', f'{p["batch"]} x {p["T"]}',
-             p['share'] // p['rows'], gb(p['received']), f'{p["micro"]:.3g}',
+             p['share'] // p['rows'], gb(p['received']), short(p['micro']),
              f'{p["optimizer"]:.2g}', f'{p["newton_schulz"] / p["step"]:.2%}',
-             f'{p["exposed"]:.2g}', f'{p["step"]:.3g}', f'{p["tok_per_s"]:,.0f}',
-             f'{p["steps"]:,}', f'{p["days"]:.3g}') for p in ours))
+             f'{p["exposed"]:.2g}', short(p['step']), f'{p["tok_per_s"]:,.0f}',
+             f'{p["steps"]:,}', short(p['days'])) for p in ours))
     tokens = sum(p['batch'] * p['T'] * p['steps'] for p in ours)
-    say(f'In all {tokens / 1e12:.4g}T tokens in {sum(p["days"] for p in ours):.3g} days, if:')
+    say(f'In all {tokens / 1e12:.4g}T tokens in {short(sum(p["days"] for p in ours))} days, if:')
     for line in (
             f'each {gpu} has {on.bf16 / 1e12:.0f} TFLOP/s in bf16'
             + (f', {on.fp8 / 1e12:.0f} in FP8' if on.fp8 else '')
@@ -430,8 +435,8 @@ def tell(c, plans, on):
            'step, s', 'tokens/s a GPU', 'days'),
           *((f'{world:,}', p['name'], f'{p["batch"] / world:.3g}'
              + ' (does not divide)' * bool(p['batch'] % world), gb(p['memory']),
-             f'{p["micro"]:.3g}', f'{p["exposed"] / p["step"]:.0%} of a step', f'{p["step"]:.3g}',
-             f'{p["tok_per_s"] / world:,.0f}', f'{p["days"]:.3g}')
+             short(p['micro']), f'{p["exposed"] / p["step"]:.0%} of a step', short(p['step']),
+             f'{p["tok_per_s"] / world:,.0f}', short(p['days']))
             for world, phases in plans.items() for p in phases))
     say('Where DDP with a sharded optimizer stops being enough: train.py gives every GPU the same '
         f'number of whole rows, so it takes at most {math.gcd(*(p["batch"] for p in ours))} GPUs, '

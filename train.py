@@ -42,6 +42,7 @@ from checkpoint import (
     prune,
     read_checkpoint,
     read_log,
+    step_of,
     take_folder,
     usable_device,
     write_checkpoint,
@@ -263,8 +264,9 @@ def tell_of_gradients(model, say):
 
 def add_up(state, bucket):
     """DDP's hook for a bucket of gradients: their sum over the ranks, in reduce_dtype."""
+    # (in fp32 the bucket itself)
     sent = dist.all_reduce(bucket.buffer().to(getattr(torch, reduce_dtype)), async_op=True)
-    return sent.get_future().then(lambda sent: bucket.buffer().copy_(sent.value()[0]))
+    return sent.get_future().then(lambda future: bucket.buffer().copy_(future.value()[0]))
 
 
 def keep_checkpoint(path, state, ends):
@@ -304,11 +306,12 @@ def way_on(there, config):
     return ''
 
 
-def set_up(defaults, knobs, there, rank=0):
+def set_up(defaults, knobs, there, rank=0, path=''):
     """(model's config, data, checkpoint to start from or None, whether that resumes, first step).
 
-    there: the checkpoints in out_dir. A mistake ends the program in one line. Rank 0, which comes
-    first, makes data sets that are missing, and tells what the others need not repeat.
+    there: the checkpoints in out_dir; path: the one that rank 0 starts from. A mistake ends the
+    program in one line. Rank 0, which comes first, makes data sets that are missing, and tells what
+    the others need not repeat.
     """
     run = Path(out_dir)
     if replay >= 0:
@@ -326,7 +329,8 @@ def set_up(defaults, knobs, there, rank=0):
                 convert_to_float8(Xmodel(config))
         try:
             if resuming or init_from:
-                start = read_start(there[-1] if resuming else init_from, config, rank == 0)
+                start = read_start(path or (there[-1] if resuming else init_from), config,
+                                   rank == 0)
         except ValueError as e:
             fail(f'{e}{way_on(there, config) if resume else ""}')
         if rank == 0 and replay < 0:
@@ -353,6 +357,8 @@ def set_up(defaults, knobs, there, rank=0):
             if rank == 0 and not line.startswith(('resume:', 'replay:')):
                 tell(f'resume: {line}')
         step = start['step'] if resuming or init_step < 0 else init_step
+        if 0 <= replay < step:
+            fail(f'{run} began at step {step}: there is no step {replay} to look at')
         total = sum(phase['steps'] for phase in phases)
         if step >= total:
             fail(f'{start["path"]} is at step {step} of {total}: nothing is left to do'
@@ -367,14 +373,17 @@ def set_up(defaults, knobs, there, rank=0):
         now, then = ({k: v for k, v in found.items() if k not in FREE - {'init_from'}}
                      for found in (json.loads(json.dumps(knobs)), told['knobs']))
         if now != then or step != told['first_step']:
-            fail(f'{run} has no checkpoint at or before step {replay}, and it began otherwise than '
-                 'this would, by its run.json')
+            fail(f'{run} has no checkpoint at or before step {replay}, and it began, or last went '
+                 'on, otherwise than this would, by its run.json')
     return config, data, start, resuming, step
 
 
 def tell_of_disk(e):
-    """End the program in one line for an OSError: a full disk, a folder that is not writable."""
-    fail(f'{e.filename or out_dir}: {e.strerror or e}; what was saved before is whole')
+    """Tell in one line of an OSError: a full disk, a read-only folder; returns the exit code."""
+    try:
+        fail(f'{e.filename or out_dir}: {e.strerror or e}; what was saved before is whole')
+    except SystemExit as end:
+        return end.code
 
 
 def rank_0_first(work, rank, world):
@@ -386,9 +395,7 @@ def rank_0_first(work, rank, world):
         except SystemExit as e:
             code = e.code
         except OSError as e:
-            with suppress(SystemExit):
-                tell_of_disk(e)
-            code = 2
+            code = tell_of_disk(e)
     told = [found, code]
     if world > 1:
         dist.broadcast_object_list(told)
@@ -436,18 +443,18 @@ def main(defaults, knobs, rank, world):
                                 timeout=timedelta(seconds=3 * hang_seconds))
 
     # --- what the run starts from: nothing, its own newest checkpoint, or another run's ---
-    run, log_file, found = Path(out_dir), Path(out_dir, 'log.jsonl'), []
+    run, log_file, lock, found = Path(out_dir), Path(out_dir, 'log.jsonl'), None, None
 
-    def first():
+    def choose():
+        nonlocal lock, found
         # locked before the checkpoint is chosen, which is rank 0's choice for all
         lock = take_folder(run) if replay < 0 and run.is_dir() else None
         there = checkpoints(run)
-        found[:] = [*set_up(defaults, knobs, there), lock]
-        return there
+        found = set_up(defaults, knobs, there)
+        return there, found[2] and found[2]['path']
 
-    there = rank_0_first(first, rank, world)
-    config, data, start, resuming, step, lock = found or \
-        [*set_up(defaults, knobs, there, rank), None]
+    there, path = rank_0_first(choose, rank, world)
+    config, data, start, resuming, step = found or set_up(defaults, knobs, there, rank, path)
     if replay >= 0:
         total = replay + 1
 
@@ -458,15 +465,13 @@ def main(defaults, knobs, rank, world):
         fail(f'{where} cannot hold this model: {str(e).splitlines()[0]}')
     tokens, kind, optimizers = 0, None, None                     # kind: 'adamw' or 'muon'
     recent, watch = [], (-50, 0.0)          # last losses; (change of optimizer, limit after it)
-    proxy = read_log(reference) if reference else []
     if start:
         model.load_state_dict(start.pop('model'))
         if step == start['step']:
             tokens, kind = start['tokens'], start['optimizer']
             recent, watch = start['recent'], start['watch']
         say(f'begins with {start["path"]}: weights'
-            + (f", {kind}'s state" if kind and step < total and
-               kind == phase_at(step)[0]['optimizer'] else ''))
+            + (f", {kind}'s state" if kind == phase_at(step)[0]['optimizer'] else ''))
     model.activation_checkpointing = activation_checkpointing
     scaling = None
     if fp8:
@@ -479,17 +484,21 @@ def main(defaults, knobs, rank, world):
                 start['knobs']['fp8_amax_history_len']:          # else a new history begins
             scaling.load_state_dict(start['fp8'])
 
+    proxy, this = [], made_by()
+
     def begin():
-        nonlocal lock
+        nonlocal lock, proxy
+        proxy = read_log(reference) if reference else []
         lock = lock or take_folder(run)                          # kept open to the end
-        if not resume and (log_file.exists() or checkpoints(run)):
+        if checkpoints(run) != there or log_file.exists() and not resume:
             fail(f'{run} holds a run by now, which began when this one did')
         begin_folder(run, step if resuming else 0, {
             'knobs': knobs, 'first_step': step, 'argv': sys.argv, 'device': str(where),
             'bf16': bf16, 'ranks': world, 'threads': torch.get_num_threads(), **this})
 
-    this = made_by()
     if replay < 0:
+        if world > 1:
+            dist.barrier()                                       # all have got so far
         rank_0_first(begin, rank, world)
 
     # --- the table of what is going to happen ---
@@ -555,7 +564,7 @@ def main(defaults, knobs, rank, world):
         signals.append((number, time.monotonic()))
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:           # as of SIGHUP under nohup
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:        # by nohup
             signal.signal(number, on_signal)
     while step < total:
         # A hang ends the job: torchrun ends the others and names the rank. From where ranks wait
@@ -597,7 +606,7 @@ def main(defaults, knobs, rank, world):
         faulthandler.dump_traceback_later(2 * hang_seconds, exit=True, file=sys.__stderr__)
         if world > 1:
             dist.all_reduce(counts)
-        targets, signalled = counts.clamp(min=1)[0], counts[1]   # (prompts alone have no target)
+        targets, signalled = counts[0].clamp(min=1), counts[1]   # (prompts alone have no target)
         if signalled:                                            # some rank is to end
             break
         graph = rows, T, scaling and scaling.own_amax
@@ -706,7 +715,7 @@ def main(defaults, knobs, rank, world):
         bar.update()
         if bar.disable and (step % log_interval == 0 or phase_ends):
             say(f'step {step}/{total} {news}')
-        if skipped == 5:
+        if skipped == 5 and replay < 0:
             break
 
         # --- checkpoint ---
@@ -734,7 +743,8 @@ def main(defaults, knobs, rank, world):
                 + ': --resume goes on')
         sys.exit(128 + number)
     if replay >= 0:
-        right = [line for line in read_log(run) if line['step'] == replay]
+        lines = log_file.read_text(errors='replace').splitlines() if log_file.exists() else []
+        right = [json.loads(line) for line in lines if step_of(line) == replay]
         say(f'step {replay}: loss {loss!r}, gradient norm {grad_norm!r}'
             + (f'; the log has {right[0]["loss"]!r}, {right[0]["grad_norm"]!r}' if right else ''))
         return
@@ -755,7 +765,7 @@ if __name__ == '__main__':
     try:
         main(defaults, knobs, rank, world)
     except OSError as e:
-        tell_of_disk(e)
+        sys.exit(tell_of_disk(e))
     except KeyboardInterrupt:
         print(f'train.py: stopped; --resume goes on from the newest checkpoint in {out_dir}',
               file=sys.stderr)

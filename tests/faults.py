@@ -458,7 +458,8 @@ def _before(step):
 """
 TERM_AT_ONCE = TERM.replace('5', '0')
 TERM_DURING_IMPORTS = 'os.kill(os.getpid(), signal.SIGTERM)'
-INT, HUP = (TERM.replace('TERM', name) for name in ('INT', 'HUP'))
+INT = TERM.replace('TERM', 'INT')
+HUP = 'signal.signal(signal.SIGHUP, signal.SIG_DFL)' + TERM.replace('TERM', 'HUP')       # no nohup
 INT_TWICE = """
 def _before(step):
     if step == 5:

@@ -105,7 +105,8 @@ def test_a_mistake_is_told_once(tiny, tiny_run, tmp_path):
             (f'--data_dir={tmp_path}', 'stdlib is missing: python data_prep.py'),
             (f'--out_dir={tiny_run}', 'holds a run already'),
             (f'--init_from={tiny_run}', 'nothing is left to do'),
-            (f'--out_dir={ROOT / "train.py"}', 'train.py: File exists')):
+            (f'--out_dir={ROOT / "train.py"}', 'train.py: File exists'),
+            (f'--reference={tmp_path}', 'log.jsonl: No such file')):
         told = run_ranks(2, 'train.py', *tiny, f'--out_dir={tmp_path / "run"}', flag)
         assert [process.returncode for process in told] == [2, 2] and told[1].stderr == ''
         assert line in refused(told[0]) and not (tmp_path / 'run').exists()

@@ -66,6 +66,10 @@ def test_a_step_is_looked_at_again(tiny_run, tiny, tmp_path):
     assert done.returncode == 2 and 'step 18: rows 8 to 11 of phase long' in done.stdout
     last = done.stderr.splitlines()[-1]                          # after torch's own trace
     assert re.match("train.py: micro-batch 1 of 1 has loss nan; Function '.*' returned nan", last)
+    later = [*tiny, f'--init_from={folder / "step_16.pt"}', f'--out_dir={tmp_path / "later"}']
+    assert run('train.py', *later, '--checkpoint_interval=99').returncode == 0
+    line = refused(run('train.py', *later, '--replay=3'))
+    assert 'began at step 16: there is no step 3' in line
     line = refused(run('train.py', *tiny, f'--out_dir={folder}', '--replay=20'))
     assert 'replay=20' in line
 
