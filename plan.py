@@ -411,12 +411,13 @@ def tell(c, plans, on):
         'share of the step), and that part of the communication which nothing hides.')
     table(('phase', 'GFLOP a token', 'batch', 'micro-batches', 'received a step, GB',
            'forward, backward, s', 'optimizer, s', 'Newton-Schulz', 'communication, s', 'step, s',
-           'tokens/s', 'steps', 'days'),
+           'tokens/s', 'steps', 'tokens, 10^9', 'days'),
           *((p['name'], f'{p["flops"] / 1e9:.3g}', f'{p["batch"]} x {p["T"]}',
              p['share'] // p['rows'], gb(p['received']), short(p['micro']),
              f'{p["optimizer"]:.2g}', f'{p["newton_schulz"] / p["step"]:.2%}',
              f'{p["exposed"]:.2g}', short(p['step']), f'{p["tok_per_s"]:,.0f}',
-             f'{p["steps"]:,}', short(p['days'])) for p in ours))
+             f'{p["steps"]:,}', short(p['batch'] * p['T'] * p['steps'] / 1e9), short(p['days']))
+            for p in ours))
     tokens = sum(p['batch'] * p['T'] * p['steps'] for p in ours)
     say(f'In all {tokens / 1e12:.4g}T tokens in {short(sum(p["days"] for p in ours))} days, if:')
     for line in (
@@ -481,6 +482,7 @@ def tell_of_measurements():
     say(f'- FP8 makes a step of 4 x 3712 tokens {gain_of_fp8() - 1:.0%} faster as measured, '
         f'{planned - 1:.0%} as planned, {ideal - 1:.0%} by the hardware\'s figures; the paper '
         '(arXiv 2511.19496) says about 30 %.', end='\n', indent='  ')
+    say("- The paper's 1.4T tokens are those of stable1 and stable2.", end='\n')
     say(f'- TinyLlama 1.1B on A100 40GB: planned {speed:,.0f} tokens/s a GPU, published 24,000.',
         end='\n', indent='  ')
 
