@@ -232,9 +232,10 @@ def begin_folder(run, step, about):
         beat.unlink()
     old = log.read_bytes() if log.exists() else b''
     lines = old.decode(errors='replace').split('\n')[:-1]          # the last one: cut off by a kill
-    if old and not (step and all(step_of(line) >= 0 for line in lines)):
+    steps = [step_of(line) for line in lines]
+    if old and (not step or -1 in steps):
         replace_file(run / 'log.old', lambda f: f.write(old))
-    kept = ''.join(line + '\n' for line in lines if 0 <= step_of(line) < step)
+    kept = ''.join(line + '\n' for line, at in zip(lines, steps) if 0 <= at < step)
     # the log last: without one, a disk that is full by now leaves no run that would be in the way
     replace_file(run / 'run.json', lambda f: f.write(json.dumps(about, indent=1).encode()))
     replace_file(log, lambda f: f.write(kept.encode()))

@@ -352,6 +352,11 @@ def source_args(sources, name):
                      "shell's quoting, like 'stdlib --max_mb=2'")
 
 
+def making(folder, vocab_size):
+    """The command that makes the data set in `folder`, for a message."""
+    return f'python data_prep.py SOURCE --out_dir={folder} --vocab_size={vocab_size}'
+
+
 def open_data(data_dir, names, vocab_size, sources=None):
     """{name: Dataset} of data_dir/name for each name; ValueError, in one line, if one is unfit.
 
@@ -360,7 +365,7 @@ def open_data(data_dir, names, vocab_size, sources=None):
     data = {}
     for name in names:
         folder, maps = Path(data_dir, name), {}
-        make = f'python data_prep.py SOURCE --out_dir={folder} --vocab_size={vocab_size}'
+        make = making(folder, vocab_size)
         try:
             meta = json.loads((folder / 'meta.json').read_text())
             found, sft = (meta['vocab_size'], meta['tokenizer_sha256']), meta['sft']
@@ -405,8 +410,7 @@ def check_ids(data_dir, data):
                 continue
             if hashlib.sha256(ids).hexdigest() != dataset.meta[split].get('sha256'):
                 raise ValueError(f'{folder}/{split}.bin is not what was written, by the sha256 in '
-                                 f'meta.json: python data_prep.py SOURCE --out_dir={folder} '
-                                 f'--vocab_size={V} --overwrite')
+                                 f'meta.json: {making(folder, V)} --overwrite')
             if ids.max() >= V:
                 raise ValueError(f'{folder}/{split}.bin has the id {ids.max()}, which is not below '
                                  f'vocab_size={V}')
@@ -534,18 +538,18 @@ def prepare_missing(data_dir, names, sources, vocab_size):
     A source whose path has spaces is quoted, as in a shell. ValueError, in one line, for a data set
     that sources does not name; SystemExit if making one fails.
     """
-    missing = [name for name in names if not Path(data_dir, name).exists()]
-    missing.sort(key=lambda name: bool(sources.get(name)))       # first what nothing can make
-    for name in missing:
-        folder = Path(data_dir, name)
-        args = [*(source_args(sources, name) or ['FOLDER']), f'--out_dir={folder}',
+    def arguments(name):
+        return [*(source_args(sources, name) or ['FOLDER']), f'--out_dir={Path(data_dir, name)}',
                 f'--vocab_size={vocab_size}']
-        command = f'python data_prep.py {shlex.join(args)}'
-        if not sources.get(name):
-            others = [other for other in missing if not sources.get(other)][1:]
-            raise ValueError(f'{folder} is missing: {command}'
-                             + (f'; and so are {", ".join(others)}' if others else ''))
-        print(f'{folder} is missing, so: {command}', flush=True)
+
+    missing = [name for name in names if not Path(data_dir, name).exists()]
+    if unknown := [name for name in missing if not sources.get(name)]:
+        raise ValueError(f'{Path(data_dir, unknown[0])} is missing: python data_prep.py '
+                         + shlex.join(arguments(unknown[0]))
+                         + (f'; and so are {", ".join(unknown[1:])}' if unknown[1:] else ''))
+    for name in missing:
+        folder, args = Path(data_dir, name), arguments(name)
+        print(f'{folder} is missing, so: python data_prep.py {shlex.join(args)}', flush=True)
         run = subprocess.run([sys.executable, __file__, *args], check=False)
         if run.returncode and not (folder / 'meta.json').exists():         # nor made meanwhile
             sys.exit(run.returncode)

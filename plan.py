@@ -372,7 +372,7 @@ def gb(size):
     return short(size / 1e9)
 
 
-def tell(c, plans, on):
+def tell(c, plans, on, may_be_fp8):
     """The plan for `gpus` GPUs, what it assumes, and the same for more of them."""
     ours = plans[gpus]
     with torch.device('meta'):
@@ -399,8 +399,7 @@ def tell(c, plans, on):
           *((p['name'], f'{p["rows"]} x {p["T"]}', gb(p['weights']), gb(p['gradients']),
              gb(p['state']), gb(p['activations']), gb(p['chunk']), gb(p['passing']),
              gb(p['memory']), f'{p["most_rows"]} x {p["T"]}') for p in ours))
-    fits = all(size % 16 == 0 for layer in linears(c).values() for size in layer.weight.shape)
-    kinds = list(itertools.product((False, True), (False, True) if fits else (False,)))
+    kinds = list(itertools.product((False, True), (False, True) if may_be_fp8 else (False,)))
     say('Activations of these micro-batches in other ways:')
     table(('phase', *(('FP8' if fp8 else 'bf16') + ', checkpointing' * again
                       for again, fp8 in kinds)),
@@ -498,17 +497,20 @@ def main(argv):
         fail(f'fp8: {gpu} has no FP8 units: --fp8=False')
     try:
         c = train.model_config(vars(train))
-        with torch.device('meta'):
-            if train.fp8:
-                convert_to_float8(Xmodel(c))
     except ValueError as e:
         fail(e)
+    may_be_fp8 = True
+    try:
+        with torch.device('meta'):
+            convert_to_float8(Xmodel(c))
+    except ValueError as e:
+        may_be_fp8 = train.fp8 and fail(e)
     most = math.gcd(*(phase['batch'] for phase in train.phases))
     plans = {}
     for world in tqdm(sorted({gpus, 8, 64, most, 512, 4096}), disable=None, leave=False):
         plans[world] = [plan_phase(phase, replace(c, block_size=phase['block_size']), world, on)
                         for phase in train.phases]
-    tell(c, plans, on)
+    tell(c, plans, on, may_be_fp8)
     shape = ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_ffn', 'vocab_size')
     if all(getattr(c, key) == getattr(XmodelConfig, key) for key in shape):
         tell_of_measurements()

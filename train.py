@@ -208,11 +208,16 @@ def check_phases(phases, steps_scale=1.0):
 # --------------------------------------------------------------------------------------------------
 # The run
 
+def end_if_hung(seconds):
+    """End this process, with its stack, unless it is called again within so many seconds."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+
+
 def evaluate(model, data, phase, rows, device, autocast):
     """data set -> mean loss in nats over eval_rows windows, spread over its validation split."""
     losses, T, (rank, world) = {}, phase['block_size'], ranks()
     for name in phase['data']:
-        faulthandler.dump_traceback_later(2 * hang_seconds, exit=True, file=sys.__stderr__)
+        end_if_hung(2 * hang_seconds)
         there = data[name].n_windows('val', T)
         n = min(eval_rows, there)
         found = torch.zeros(2, dtype=torch.float64)              # sum of losses, how many
@@ -290,9 +295,9 @@ def read_start(path, config, check=True):
     for line in changes(asdict(start['config']), asdict(config)):
         if not line.startswith(('block_size', 'muon_lr_scaling')):
             raise ValueError(f'{start["path"]} holds another model than this config: {line}')
-    odd = [name for name, t in start['model'].items() if not t.isfinite().all()]
-    if odd and replay < 0:                                       # which may look for their cause
-        raise ValueError(f'{start["path"]}: {odd[0]} has values that are not finite')
+    for name, t in start['model'].items() if check and replay < 0 else ():       # or to see why
+        if not t.isfinite().all():
+            raise ValueError(f'{start["path"]}: {name} has values that are not finite')
     return start
 
 
@@ -379,11 +384,8 @@ def set_up(defaults, knobs, there, rank=0, path=''):
 
 
 def tell_of_disk(e):
-    """Tell in one line of an OSError: a full disk, a read-only folder; returns the exit code."""
-    try:
-        fail(f'{e.filename or out_dir}: {e.strerror or e}; what was saved before is whole')
-    except SystemExit as end:
-        return end.code
+    """End the program in one line for an OSError: a full disk, a folder that is read-only."""
+    fail(f'{e.filename or out_dir}: {e.strerror or e}; what was saved before is whole')
 
 
 def rank_0_first(work, rank, world):
@@ -391,11 +393,12 @@ def rank_0_first(work, rank, world):
     found = code = None
     if rank == 0:
         try:
-            found = work()
+            try:
+                found = work()
+            except OSError as e:
+                tell_of_disk(e)
         except SystemExit as e:
             code = e.code
-        except OSError as e:
-            code = tell_of_disk(e)
     told = [found, code]
     if world > 1:
         dist.broadcast_object_list(told)
@@ -484,7 +487,7 @@ def main(defaults, knobs, rank, world):
                 start['knobs']['fp8_amax_history_len']:          # else a new history begins
             scaling.load_state_dict(start['fp8'])
 
-    proxy, this = [], made_by()
+    proxy = []
 
     def begin():
         nonlocal lock, proxy
@@ -494,7 +497,7 @@ def main(defaults, knobs, rank, world):
             fail(f'{run} holds a run by now, which began when this one did')
         begin_folder(run, step if resuming else 0, {
             'knobs': knobs, 'first_step': step, 'argv': sys.argv, 'device': str(where),
-            'bf16': bf16, 'ranks': world, 'threads': torch.get_num_threads(), **this})
+            'bf16': bf16, 'ranks': world, 'threads': torch.get_num_threads(), **made_by()})
 
     if replay < 0:
         if world > 1:
@@ -544,7 +547,7 @@ def main(defaults, knobs, rank, world):
     def save():
         """Write a checkpoint, from a copy, while training goes on; first the last one has to be."""
         nonlocal writing, saved
-        faulthandler.dump_traceback_later(2 * hang_seconds, exit=True, file=sys.__stderr__)
+        end_if_hung(2 * hang_seconds)
         saved = step
         if writing:
             writing.result()
@@ -552,7 +555,7 @@ def main(defaults, knobs, rank, world):
         if rank == 0:
             state = {'model': {k: t.to('cpu', copy=True) for k, t in model.state_dict().items()},
                      'config': asdict(config), 'step': step, 'tokens': tokens, 'recent': recent,
-                     'watch': watch, 'knobs': knobs, 'made_by': this, 'optimizer': kind,
+                     'watch': watch, 'knobs': knobs, 'made_by': made_by(), 'optimizer': kind,
                      'fp8': scaling and copy.deepcopy(scaling.state_dict()),
                      'optimizer_state': moments}
             writing = writer.submit(keep_checkpoint, run / f'step_{step}.pt', state, ends)
@@ -569,7 +572,7 @@ def main(defaults, knobs, rank, world):
     while step < total:
         # A hang ends the job: torchrun ends the others and names the rank. From where ranks wait
         # for one another on, they have twice the time: one that hangs in its data ends first.
-        faulthandler.dump_traceback_later(hang_seconds, exit=True, file=sys.__stderr__)
+        end_if_hung(hang_seconds)
         if phase is not phase_at(step)[0]:                       # a phase begins, or this run does
             phase, first = phase_at(step)
             T, share = phase['block_size'], phase['batch'] // world
@@ -603,7 +606,7 @@ def main(defaults, knobs, rank, world):
             (run / f'heartbeat_{rank}').write_text(f'step {step}, {time.ctime()}\n')
         # (one message for both: how many targets, and whether to end)
         counts = torch.tensor([float(sum(sizes)), float(len(signals))], device=where)
-        faulthandler.dump_traceback_later(2 * hang_seconds, exit=True, file=sys.__stderr__)
+        end_if_hung(2 * hang_seconds)
         if world > 1:
             dist.all_reduce(counts)
         targets, signalled = counts[0].clamp(min=1), counts[1]   # (prompts alone have no target)
@@ -765,7 +768,7 @@ if __name__ == '__main__':
     try:
         main(defaults, knobs, rank, world)
     except OSError as e:
-        sys.exit(tell_of_disk(e))
+        tell_of_disk(e)
     except KeyboardInterrupt:
         print(f'train.py: stopped; --resume goes on from the newest checkpoint in {out_dir}',
               file=sys.stderr)

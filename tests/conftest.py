@@ -71,6 +71,12 @@ def free_port():
         return server.getsockname()[1]
 
 
+def rank_env(rank, world, port):
+    """What torchrun tells a rank by its environment."""
+    return {'RANK': f'{rank}', 'LOCAL_RANK': f'{rank}', 'WORLD_SIZE': f'{world}',
+            'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': f'{port}'}
+
+
 def run_ranks(world, script, *args):
     """The finished processes of `torchrun --nproc_per_node=world script args`, by rank."""
     port = free_port()
@@ -81,10 +87,8 @@ def run_ranks(world, script, *args):
             files = [Path(folder, f'{rank}{name}') for name in ('stdin', 'stdout', 'stderr')]
             for file in files:
                 file.write_text('')
-            env = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': world,
-                   'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
             processes.append((files, SERVER.Process(target=be, args=(
-                argv, ROOT, files, {key: str(value) for key, value in env.items()}))))
+                argv, ROOT, files, rank_env(rank, world, port)))))
             processes[-1][1].start()
         for _, process in processes:
             process.join()

@@ -35,6 +35,7 @@ from conftest import (
     make_config,
     make_data,
     make_run,
+    rank_env,
     run,
     run_ranks,
     same,
@@ -98,9 +99,8 @@ def start(at, *args, world=1):
         free_port()
     processes = []
     for rank in range(world):
-        env = {'RANK': f'{rank}', 'LOCAL_RANK': f'{rank}', 'WORLD_SIZE': f'{world}',
-               'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': f'{port}'}
-        processes.append(SERVER.Process(target=be, args=(argv, ROOT, [os.devnull] * 3, env)))
+        processes.append(SERVER.Process(target=be, args=(argv, ROOT, [os.devnull] * 3,
+                                                         rank_env(rank, world, port))))
         processes[-1].start()
     return processes
 
