@@ -246,7 +246,9 @@ def prepare(source, out_dir, vocab_size=16_384, val_fraction=0.05, on_error='rai
             tqdm.write(f'data_prep.py: skipped {where}: {why}', file=sys.stderr)
 
     if source != 'arith':
-        files = find_files(source) + site_packages * find_files(sysconfig.get_path('purelib'))
+        files = find_files(source)
+        if site_packages:
+            files += find_files(sysconfig.get_path('purelib'))
     documents = arith(num_docs, seed) if source == 'arith' else read_documents(files, unusable)
     size = sum(f.stat().st_size for f in files) or None        # of files; for the progress bar
     if max_mb:

@@ -110,6 +110,48 @@ def test_the_split_is_by_hash_and_about_val_fraction(tmp_path):
     assert documents(tmp_path / 'other', 'val') != val
 
 
+def test_the_split_of_an_sft_document_is_by_its_prompt_as_well(tmp_path):
+    records = [{'prompt': f'Is {i} even? ', 'completion': 'no' if i % 2 else 'yes'}
+               for i in range(600)]
+    prepare(write_jsonl(tmp_path / 'x.jsonl', *records), tmp_path / 'out', V, val_fraction=0.2)
+    val = documents(tmp_path / 'out', 'val')
+    for answer in ('yes', 'no'):                                # 60 of each, give or take
+        assert 30 < sum(text_of(document).endswith(f'? {answer}') for document in val) < 90
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    for name, text in (('in/a.txt', 'one'), ('in/b.jsonl', '{"text": "two"}')):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding='utf-8-sig')
+    prepare(tmp_path / 'in', tmp_path / 'out', V)
+    found = [text_of(d) for split in ('train', 'val') for d in documents(tmp_path / 'out', split)]
+    assert sorted(found) == ['one', 'two']
+
+
+def test_hidden_files_and_packages_are_left_out_below_the_source_and_not_above_it(tmp_path):
+    source = tmp_path / '.cache/site-packages/in'
+    for name in ('a.txt', 'b/c.txt', '.git/hidden.txt', 'b/.hidden.txt', 'lib/site-packages/d.txt'):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    prepare(source, tmp_path / 'out', V)
+    found = [text_of(d) for split in ('train', 'val') for d in documents(tmp_path / 'out', split)]
+    assert sorted(found) == ['a.txt', 'b/c.txt']
+
+
+@pytest.mark.parametrize('wanted', [True, False])
+def test_installed_packages_are_read_where_they_are_wanted(tmp_path, monkeypatch, wanted):
+    packages = tmp_path / 'venv/site-packages'
+    for file in (tmp_path / 'in/mine.py', tmp_path / 'in/too.py', packages / 'theirs/theirs.py'):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(file.name)
+    if not wanted:                                               # then it may be missing, too
+        packages.rename(packages.with_name('dist-packages'))
+    monkeypatch.setattr(data_prep.sysconfig, 'get_path', {'purelib': packages}.get)
+    prepare(tmp_path / 'in', tmp_path / 'out', V, site_packages=wanted)
+    found = [text_of(d) for split in ('train', 'val') for d in documents(tmp_path / 'out', split)]
+    assert sorted(found) == ['mine.py', *['theirs.py'] * wanted, 'too.py']
+
+
 @pytest.mark.parametrize('n', [1, 2, 3])
 def test_few_documents_still_give_both_splits(tmp_path, n):
     texts = [f'{i}\nline two\nline three\n' for i in range(n)]
@@ -139,6 +181,21 @@ def test_sft_documents_and_their_masks(tmp_path):
         ('Assistant: A\n\nSystem: S\n\nUser: U\n\nAssistant:', ' A')}
     for split in ('train', 'val'):                                  # EOS belongs to the completion
         assert (data.masks[split][data.tokens[split] == EOS_ID] == 1).all()
+
+
+def test_prompt_and_completion_are_encoded_each_alone(tmp_path):
+    # as in generation, where a prompt is encoded before there is an answer
+    encode, pairs = get_tokenizer(V).encode_ordinary, [('Spell: t', 'he end'), ('I am o', 'n it')]
+    assert all(encode(prompt + text) != encode(prompt) + encode(text) for prompt, text in pairs)
+    source = write_jsonl(tmp_path / 'x.jsonl', *({'prompt': prompt, 'completion': text}
+                                                 for prompt, text in pairs))
+    meta = prepare(source, tmp_path / 'out', V)
+    data = open_data(tmp_path, ['out'], V)['out']
+    found = data.pairs('train') + data.pairs('val')
+    assert sorted(found) == sorted((encode(prompt), [*encode(text), EOS_ID])
+                                   for prompt, text in pairs)
+    n_bytes = sum(len(prompt + text) for prompt, text in pairs)
+    assert meta['train']['bytes'] + meta['val']['bytes'] == n_bytes
 
 
 def test_max_mb_stops_and_counts_what_it_read(tmp_path):
@@ -446,6 +503,68 @@ def test_phases_go_on_where_those_before_stopped(sets):
     assert len({tuple(x) for x in torch.cat(rows).tolist()}) == 63 + 45
 
 
+def test_what_phases_of_other_lengths_drew_is_counted_in_windows_of_this_ones():
+    phases = [{'steps': steps, 'batch': 10, 'block_size': T, 'data': weights}
+              for steps, T, weights in ((7, 32, {'a': 1}), (100, 16, {'a': 1, 'b': 3}),
+                                        (5, 64, {'b': 1, 'a': 1}))]
+    assert windows_before(phases, phases[1], 11) == {'a': 140}              # 70 x 32 tokens
+    # 70 x 32 + 250 x 16 = 6240 tokens of a, and 750 x 16 = 12 000 of b, in windows begun
+    assert windows_before(phases, phases[2], 11) == {'a': 98, 'b': 188}
+
+
+def phase_of(name, rows, **weights):
+    return {'name': name, 'steps': rows // 4, 'batch': 4, 'block_size': 32, 'data': weights}
+
+
+@pytest.mark.parametrize('phases', [
+    [phase_of('a', 200, small=1), phase_of('b', 220, small=1), phase_of('c', 500, small=1)],
+    # small is left out of b
+    [phase_of('a', 1000, small=0.4, big=0.6), phase_of('b', 3600, big=1),
+     phase_of('c', 1600, big=0.7, small=0.3)]], ids=['one data set', 'a mixture'])
+def test_a_run_of_three_phases_reads_each_window_once_an_epoch(sets, phases):
+    T, seed, whose, drawn = 32, 11, {}, {name: [] for name in phases[0]['data']}
+    for name in drawn:
+        n = sets[name].n_windows('train', T)
+        for window, x in enumerate(get_windows(sets[name], 'train', range(n), T)[0].tolist()):
+            whose[tuple(x)] = name, window
+    assert len(whose) == sum(sets[name].n_windows('train', T) for name in drawn)
+    for phase in phases:
+        start = windows_before(phases, phase, seed)
+        had = {name: len(windows) for name, windows in drawn.items() if windows}
+        assert start == had                                                 # in all phases before
+        rows = range(phase['steps'] * phase['batch'])
+        for x in get_batch(sets, phase['data'], rows, T, seed, start)[0].tolist():
+            name, window = whose[tuple(x)]
+            drawn[name].append(window)
+    for name, windows in drawn.items():
+        n = sets[name].n_windows('train', T)
+        before_c = windows_before(phases, phases[2], seed)[name]
+        assert before_c < n < len(windows) < 2 * n                          # c crosses an epoch
+        assert sorted(windows[:n]) == list(range(n))
+        assert len(set(windows[n:])) == len(windows) - n
+        assert windows[n:] != windows[:len(windows) - n]                    # nor in the same order
+
+
+def test_another_seed_orders_rows_and_windows_anew(sets):
+    weights, T = {'big': 0.5, 'small': 0.5}, 32
+    whose = {}
+    for name in weights:
+        windows = range(sets[name].n_windows('train', T))
+        for x in get_windows(sets[name], 'train', windows, T)[0].tolist():
+            whose[tuple(x)] = name
+
+    def drawn(seed):
+        return [tuple(x) for x in get_batch(sets, weights, range(500), T, seed)[0].tolist()]
+
+    first, other = drawn(1), drawn(2)
+    assert first == drawn(1)
+    differ = sum(whose[a] != whose[b] for a, b in zip(first, other))
+    assert 150 < differ < 350                                               # half, by chance
+    for name in weights:
+        ours, theirs = ([x for x in rows if whose[x] == name] for rows in (first, other))
+        assert sum(a == b for a, b in zip(ours, theirs)) < 10
+
+
 def test_a_block_longer_than_the_data_is_refused(sets):
     with pytest.raises(ValueError, match='small: block_size=100000 is too long for its val split'):
         sets['small'].n_windows('val', 100_000)
@@ -491,3 +610,46 @@ def test_completion_only_has_loss_on_completions_alone(sets):
     assert torch.equal(*plain)
     batch = get_batch(sets, {'arith': 1}, range(8), T, 1, completion_only=True)[1]
     assert 0 < (batch >= 0).sum() < (get_batch(sets, {'arith': 1}, range(8), T, 1)[1] >= 0).sum()
+
+
+def test_plain_text_after_sft_documents_is_a_completion_throughout(tmp_path):
+    encode, T = get_tokenizer(V).encode_ordinary, 64
+    records = [{'prompt': f'What is {i} + 1? ', 'completion': f'It is {i + 1}.'} for i in range(60)]
+    # the file ends with plain text, some of it longer than a window
+    records += [{'text': f'A line of plain text, number {i}.' * (i % 7 + 1)} for i in range(60)]
+    prompt_of = {}                                             # ids of a document: of its prompt
+    for record in records:
+        prompt = encode(record.get('prompt', ''))
+        text = encode(record.get('completion', record.get('text')))
+        prompt_of[(*prompt, *text, EOS_ID)] = prompt
+    source = write_jsonl(tmp_path / 'x.jsonl', *records)
+    assert prepare(source, tmp_path / 'out', V, val_fraction=0.3)['sft']
+    data, read = open_data(tmp_path, ['out'], V)['out'], []
+    for split in ('train', 'val'):
+        ends = np.flatnonzero(data.tokens[split] == EOS_ID) + 1
+        documents = [tuple(ids.tolist()) for ids in np.split(data.tokens[split], ends)[:-1]]
+        read += documents
+        pairs, mask = [], []
+        for ids in documents:
+            n = len(prompt_of[ids])
+            pairs.append((list(ids[:n]), list(ids[n:])))
+            mask += [0] * n + [1] * (len(ids) - n)
+        assert pairs[0][0] and not pairs[-1][0]                # SFT comes first, plain text last
+        assert data.pairs(split) == pairs
+        assert data.masks[split].tolist() == mask
+
+        # as many whole documents as fit in T + 1 tokens; what is longer stands alone and is cut
+        windows, filled = [], T + 1
+        for ids in documents:
+            n = len(prompt_of[ids])
+            targets = [-1] * n + list(ids[n:])
+            if filled + len(ids) > T + 1:
+                windows.append([])
+                filled = 0
+            windows[-1] += targets
+            filled += len(ids)
+        expected = [(window[1:T + 1] + [-1] * T)[:T] for window in windows]     # the first is input
+        assert any(len(window) > T + 1 for window in windows)
+        numbers = range(data.n_windows(split, T))
+        assert get_windows(data, split, numbers, T, completion_only=True)[1].tolist() == expected
+    assert sorted(read) == sorted(prompt_of)

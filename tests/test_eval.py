@@ -47,6 +47,34 @@ def test_a_sum_is_solved_by_the_number_after_the_signs_alone(data_dir, monkeypat
     assert script.answer('#### -3') == '-3' and script.answer('### 3') is None
 
 
+def test_a_sum_may_take_twice_the_tokens_of_the_longest_written_answer(data_dir, monkeypatch):
+    data = open_data(data_dir, ['arith'], 512)['arith']
+    tokenizer = script.tokenizer_of({'path': 'none', 'config': SimpleNamespace(vocab_size=512)})
+    written = {tuple(prompt): worked for prompt, worked in data.pairs('val')}
+    filler, = tokenizer.encode_ordinary('.')
+    longest = []                                                   # of each batch
+
+    def fake(model, prompts, max_new_tokens, done, **how):
+        longest.append(max(len(written[tuple(prompt)]) for prompt in prompts))
+        says = []
+        for i, prompt in enumerate(prompts):
+            *answer, end = written[tuple(prompt)]
+            # as written; its last token the last that is allowed; and one token too late
+            n_filler = (0, 2 * longest[-1] - len(answer), 2 * longest[-1] - len(answer) + 1)[i % 3]
+            says.append([filler] * n_filler + answer + [end] * max_new_tokens)
+        for tokens in list(zip(*says))[:max_new_tokens]:
+            yield torch.tensor(tokens), torch.zeros(len(tokens))
+            if done.all():
+                return
+
+    monkeypatch.setattr('generate.generate', fake)
+    monkeypatch.setattr(script, 'problems', 24)
+    monkeypatch.setattr(script, 'batch_size', 1)                   # 8 problems at a time
+    model = SimpleNamespace(embed=SimpleNamespace(weight=torch.zeros(1)))
+    assert script.arithmetic(model, data, tokenizer) == (3 * 6, 24)      # of 8 two are too late
+    assert len(longest) == 3 and len(set(longest)) > 1
+
+
 @pytest.mark.parametrize('k, n', [(0, 10), (10, 10), (209, 400), (1, 3)])
 def test_wilsons_interval_has_the_shares_whose_deviation_is_196(k, n):
     for p in script.wilson(k, n):

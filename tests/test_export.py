@@ -45,7 +45,8 @@ CONFIGS = {
     'textbook': SMALL, 'authors': replace(SMALL, mup_rules='authors', n_head=2, n_kv_head=1),
     'sp': replace(SMALL, mup_rules='sp', n_kv_head=4, rope_theta=10_000.0, norm_eps=1e-6),
     'scales': replace(SMALL, input_scale=3.0, output_scale=0.7, residual_scale=2.0, n_embd=96,
-                      n_ffn=64, attention_scale=1.7, vocab_size=300, mup_base_width=32)}
+                      n_ffn=64, attention_scale=1.7, vocab_size=300, mup_base_width=32,
+                      norm_eps=0.1)}
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -68,7 +69,7 @@ def test_what_is_written_is_the_same_network_in_stock_transformers(tmp_path, nam
 @pytest.mark.parametrize('form', ['granite', 'xmodel'])
 def test_out_and_in_again_is_bit_for_bit(tmp_path, form):
     c = replace(CONFIGS['authors'], input_scale=3.0, output_scale=0.7, residual_scale=2.0,
-                mup_base_width=32)
+                mup_base_width=32, norm_eps=0.1)
     model = checkpoint(tmp_path / 'run', c)
     assert run('export.py', tmp_path / 'run', tmp_path / 'hf', f'--format={form}',
                '--shard_gb=0.0001').returncode == 0
@@ -85,13 +86,14 @@ def test_out_and_in_again_is_bit_for_bit(tmp_path, form):
     for role, rule in model.table.items():
         if rule.multiplier is not None:
             assert back.table[role].multiplier == pytest.approx(rule.multiplier, rel=1e-15), role
+    assert back.config.norm_eps == c.norm_eps
     if form == 'xmodel':
         assert about['config'] == c
 
 
 @pytest.mark.parametrize('kind, knobs', [
     ('Granite', {'embedding_multiplier': 6.0, 'logits_scaling': 13.0, 'residual_multiplier': 0.22,
-         'attention_multiplier': 0.0078125}),
+         'attention_multiplier': 0.0078125, 'rms_norm_eps': 0.1}),
     ('Granite', {'num_key_value_heads': 1, 'hidden_size': 96, 'rms_norm_eps': 1e-6,
                  'vocab_size': 777, 'attention_multiplier': 0.05}),
     ('Llama', {}), ('Llama', {'num_key_value_heads': None, 'hidden_size': 96}),
@@ -230,7 +232,7 @@ def test_the_13b_model_has_llamas_tensors():
                                           ('q8_0', 2**-6)])
 def test_gguf_holds_the_network_and_the_tokenizer(tmp_path, dtype, right):
     gguf = pytest.importorskip('gguf')
-    c = replace(CONFIGS['authors'], vocab_size=129_280 if dtype == 'bf16' else 600)
+    c = replace(CONFIGS['authors'], norm_eps=0.1, vocab_size=129_280 if dtype == 'bf16' else 600)
     model = checkpoint(tmp_path / 'run', c)
     done = run('export.py', tmp_path / 'run', tmp_path / 'm.gguf', '--format=gguf',
                f'--dtype={dtype}')
@@ -242,7 +244,7 @@ def test_gguf_holds_the_network_and_the_tokenizer(tmp_path, dtype, right):
         pytest.approx({'granite.' + key: value for key, value in {
             'block_count': 3, 'context_length': 256, 'embedding_length': 64,
             'feed_forward_length': 160, 'attention.head_count': 2, 'attention.head_count_kv': 1,
-            'attention.layer_norm_rms_epsilon': 1e-5, 'rope.freq_base': 500_000.0,
+            'attention.layer_norm_rms_epsilon': 0.1, 'rope.freq_base': 500_000.0,
             'rope.dimension_count': 32, 'vocab_size': c.vocab_size,
             'embedding_scale': 12.0, 'attention.scale': 1 / 32,
             'residual_scale': 1.4 / math.sqrt(3), 'logit_scale': 1 / factor['logits']}.items()})

@@ -79,6 +79,8 @@ def test_quantise_rounds_to_the_nearest_and_saturates(dtype):
     x = torch.cat([x, ties.float(), -ties.float(), table.float(), torch.tensor([1e30, -1e30])])
     for scale in (torch.tensor(1.0), torch.tensor(3.7)):
         assert torch.equal(fp8.quantise(x, scale, dtype).double(), rounded(x, scale, dtype))
+        bf16 = x.bfloat16()                                      # is not rounded to bf16 once more
+        assert torch.equal(fp8.quantise(bf16, scale, dtype).double(), rounded(bf16, scale, dtype))
     inf = fp8.quantise(torch.tensor([math.inf, -math.inf, math.nan]), torch.tensor(1.0), dtype)
     assert inf[:2].float().tolist() == [table[-1], -table[-1]] and inf[2].float().isnan()
 
@@ -482,6 +484,26 @@ def test_all_gemms_of_a_step_have_layouts_that_a_gpu_takes(monkeypatch):
         model(x, y)[1].backward()
         scaling.update(scaling.collect())
     assert len(shapes) == 2 * 2 * 4 * 3 and set(shapes[:3]) == {(64, 128), (64, 64), (64, 320)}
+
+
+def test_the_forward_gemm_alone_adds_up_with_fewer_bits_on_a_gpu(monkeypatch):
+    layer, _ = linear()
+    fast, real = [], fp8.gemm
+
+    def record(a, b, use_fast_accum=False, **how):
+        fast.append(use_fast_accum)
+
+    def gemm(a, b, scale_a, scale_b, *how, **more):
+        with FakeTensorMode():
+            operands = (torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device='cuda')
+                        for t in (a, b, scale_a, scale_b))
+            real(*operands, *how, **more)
+        return real(a, b, scale_a, scale_b, *how, **more)
+
+    monkeypatch.setattr(torch, '_scaled_mm', record)
+    monkeypatch.setattr(fp8, 'gemm', gemm)
+    step(layer, gaussian(32, 64), gaussian(32, 96))
+    assert fast == [True, False, False]                          # output, and the two gradients
 
 
 @pytest.mark.parametrize('case', ['row-major second', 'inner size', 'outer size'])

@@ -79,6 +79,34 @@ def test_sample_token_draws_from_the_truncated_softmax(knobs, expected):
     assert chi2 < 20                                             # 4 degrees of freedom: 1 in 2000
 
 
+@pytest.mark.parametrize('knobs, kept', [                        # of p = 0.4, 0.25, 0.2, 0.1, 0.05
+    ({'temperature': 2.0, 'top_p': 0.8}, 4),                     # 3 if top_p came first
+    ({'temperature': 0.5, 'top_p': 0.8}, 2),                     # likewise
+    ({'top_k': 3, 'top_p': 0.7}, 2),                             # 3 if it did, or of the whole mass
+    ({'top_k': 2, 'top_p': 0.7}, 2),
+    ({'temperature': 2.0, 'top_k': 3, 'top_p': 0.7}, 2),
+    ({'temperature': 2.0, 'top_k': 4, 'top_p': 0.75}, 3),
+    ({'temperature': 0.5, 'top_k': 3, 'top_p': 0.95}, 3),
+])
+def test_knobs_of_sampling_together_draw_as_transformers_in_float64(knobs, kept):
+    transformers = pytest.importorskip('transformers')
+    p = torch.tensor([0.25, 0.05, 0.4, 0.1, 0.2])
+    scores = (p.double().log() + 3)[None]
+    scores = transformers.TemperatureLogitsWarper(knobs.get('temperature', 1.0))(None, scores)
+    if 'top_k' in knobs:
+        scores = transformers.TopKLogitsWarper(knobs['top_k'])(None, scores)
+    expected = transformers.TopPLogitsWarper(knobs['top_p'])(None, scores)[0].softmax(-1)
+    assert expected.count_nonzero() == kept
+    n = 20_000
+    logits = (p.log() + 3).expand(n, 5)
+    tokens = generate.sample_token(logits, generator=torch.Generator().manual_seed(0), **knobs)
+    counts = tokens.bincount(minlength=5)
+    assert torch.equal(counts > 0, expected > 0)
+    allowed = expected > 0
+    chi2 = ((counts - n * expected) ** 2 / (n * expected))[allowed].sum()
+    assert chi2 < 20                                             # 4 degrees of freedom: 1 in 2000
+
+
 def test_log_probabilities_are_those_of_the_whole_distribution():
     model = build(TINY)
     prompt, drawn = [3, 5, 7], []
@@ -158,6 +186,19 @@ def test_a_stop_string_ends_the_text_and_is_never_told(text, stop, expected, fin
     assert (row.text, row.finish, ''.join(pieces)) == (expected, finish, expected)
     if not stop:                                                 # nothing to wait for
         assert pieces[:3] == ['o', 'n', 'e']
+
+
+@pytest.mark.parametrize('stop, expected', [
+    (['ee', 'th'], 'one two '), (['th', 'ee'], 'one two '),      # both lie in the token
+    (['three', 'two three'], 'one '), (['two three', 'three'], 'one '),      # or end with it
+    (['hre', 'e two three', 'ree'], 'on')])
+def test_of_stop_strings_that_one_token_completes_the_earliest_in_the_text_ends_it(stop, expected):
+    tokenizer = get_tokenizer(16_384)
+    tokens = tokenizer.encode_ordinary('one two three')
+    assert tokenizer.decode(tokens[-1:]) == ' three'
+    pieces, row = told(tokens, stop, tokenizer)
+    assert (row.text, row.finish, ''.join(pieces)) == (expected, 'stop', expected)
+    assert row.ids == tokens
 
 
 def test_what_ends_a_continuation():

@@ -2,6 +2,7 @@
 import json
 import math
 import pickle
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import configurator
 import train
 from checkpoint import load_model
 from model import (
+    Block,
     Xmodel,
     XmodelConfig,
     apply_rope,
@@ -61,13 +63,24 @@ def granite(model):
     transformers = pytest.importorskip('transformers')
     c = model.config
     theirs = transformers.GraniteForCausalLM(transformers.GraniteConfig(
-        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_ffn,
-        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
-        num_key_value_heads=c.n_kv_head, rms_norm_eps=1e-5, tie_word_embeddings=True,
-        rope_parameters={'rope_type': 'default', 'rope_theta': 500_000.0},
-        embedding_multiplier=12.0, attention_multiplier=c.n_head / c.n_embd,
+        **shape_of(c), embedding_multiplier=12.0, attention_multiplier=c.n_head / c.n_embd,
         residual_multiplier=1.4 / c.n_layer**0.5,
         logits_scaling=c.n_embd / 256 / c.output_scale))
+    return theirs, take_weights(theirs, model)
+
+
+def shape_of(c):
+    """A config's shape by transformers' names."""
+    return {'vocab_size': c.vocab_size, 'hidden_size': c.n_embd, 'intermediate_size': c.n_ffn,
+            'num_hidden_layers': c.n_layer, 'num_attention_heads': c.n_head,
+            'num_key_value_heads': c.n_kv_head, 'rms_norm_eps': c.norm_eps,
+            'tie_word_embeddings': True,
+            'rope_parameters': {'rope_type': 'default', 'rope_theta': 500_000.0}}
+
+
+def take_weights(theirs, model):
+    """Give theirs, with Llama's names, the model's weights; {its name: name and rows of ours}."""
+    c = model.config
     kv, all_rows = c.n_kv_head * c.n_embd // c.n_head, slice(None)
     names = {'model.embed_tokens.weight': ('embed.weight', all_rows),
              'model.norm.weight': ('norm.weight', all_rows)}
@@ -85,10 +98,11 @@ def granite(model):
             names[f'model.layers.{i}.{name}.weight'] = f'blocks.{i}.{ours}.weight', rows
     weights = dict(model.named_parameters())
     theirs.load_state_dict({a: weights[b][rows] for a, (b, rows) in names.items()}, strict=False)
-    return theirs, names
+    return names
 
 
-@pytest.mark.parametrize('c', [replace(TINY, output_scale=0.5), WIDE], ids=['narrow', 'm=6'])
+@pytest.mark.parametrize('c', [replace(TINY, output_scale=0.5), WIDE, replace(TINY, norm_eps=1.0)],
+                         ids=['narrow', 'm=6', 'norm_eps'])
 def test_equals_granite(c):
     model = build(c)
     for name, p in model.named_parameters():
@@ -116,6 +130,18 @@ def test_equals_granite(c):
         assert_close(ours[our].grad[rows], theirs[name].grad, 1e-5, name)
 
 
+def test_standard_parametrisation_is_llama():
+    transformers = pytest.importorskip('transformers')          # a network without any factor
+    model = build(replace(TINY, mup_rules='sp'))
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight.mul_(20)                       # else each key weighs the same
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape_of(model.config)))
+    take_weights(theirs, model)
+    idx = ids(TINY, 2, 33)
+    assert_close(model(idx)[0], theirs(idx).logits, 1e-5, 'logits')
+
+
 # --- the loss in chunks ---
 
 def test_chunked_cross_entropy_equals_float64_oracle():
@@ -133,6 +159,38 @@ def test_chunked_cross_entropy_equals_float64_oracle():
     assert_close(loss.double(), oracle, 1e-5, 'loss')
     assert_close(x.grad.double(), xd.grad, 1e-5, 'gradient of x')
     assert_close(w.grad.double(), wd.grad, 1e-5, 'gradient of the embedding')
+
+
+@pytest.mark.parametrize('rows', [1024, 16])                    # of a chunk: 2 chunks, and 69
+def test_bf16_loss_and_gradients_are_those_of_the_bf16_logits(monkeypatch, rows):
+    N, C, V, multiplier = 1100, 32, 16_384, 0.37
+    monkeypatch.setattr('model.CHUNK', rows * V)
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(V, C, generator=g)
+    targets = torch.randint(V, (N,), generator=g)
+    x = torch.randn(N, C, generator=g)
+    x[::2] += 0.9 * w[targets[::2]]                              # half of the rows are sure
+    targets[::7] = -1
+    # on a grid of eighths every order of summation gives the same logits, before they are rounded
+    x, w = ((8 * t).round() / 8 for t in (x, w))
+    xb, wb = x.bfloat16(), w.bfloat16()
+    assert torch.equal(xb.float(), x) and torch.equal(wb.float(), w)
+    for t in (x, w):
+        t.requires_grad_()
+    with torch.autocast('cpu', torch.bfloat16):
+        loss = chunked_cross_entropy(x, w, targets, multiplier)
+    loss.backward()
+    assert loss.dtype == x.grad.dtype == w.grad.dtype == torch.float32
+
+    logits = (xb @ wb.T).float().requires_grad_()                # rounded to bf16: (N, V)
+    right = F.cross_entropy(multiplier * logits, targets, ignore_index=-1)
+    right.backward()
+    assert abs(loss.item() - right.item()) < 1e-3
+    grad_x, grad_w = logits.grad @ wb.float(), logits.grad.T @ xb.float()
+    # each row by its own scale: those of sure rows, or of rare tokens, are small
+    for ours, theirs in ((x.grad, grad_x), (w.grad, grad_w)):
+        assert ((ours - theirs).norm(dim=1) <= 0.01 * theirs.norm(dim=1)).all()     # bf16: 8 bits
+    assert (x.grad[::7] == 0).all()
 
 
 def test_all_targets_ignored():
@@ -177,6 +235,27 @@ def test_training_never_holds_all_logits():
     assert largest.numel == 2**24
 
 
+# --- the trial of torch.compile ---
+
+@pytest.mark.parametrize('right', [True, False])
+def test_a_trial_compile_leaves_no_gradient_and_undoes_a_wrong_one(right, monkeypatch):
+    def compile_block(self, **how):
+        """A compiler that gives the block itself, or one with its features in another order."""
+        def wrong(*args):
+            return self._call_impl(*args).roll(1, -1)
+        self._compiled_call_impl = self._call_impl if right else wrong
+
+    monkeypatch.setattr(Block, 'compile', compile_block)
+    monkeypatch.setattr(torch, 'compile', lambda function, **how: function)
+    model, idx = build(TINY), ids(TINY, 2, 16)
+    loss = model(idx, idx)[1].item()
+    for _ in range(2):                                           # a run has more than one trial
+        told = model.try_compiled(idx, idx, nullcontext())
+        assert ('going on in eager mode' in told) == (not right)
+        assert not any(p.grad.any() for p in model.parameters())
+        assert model(idx, idx)[1].item() == loss
+
+
 # --- shape, init, µP ---
 
 def config_of(file):
@@ -192,6 +271,16 @@ def test_parameters(file, total, embedding):
     model = build(config_of(file), device='meta')
     assert model.num_params() == total
     assert model.num_params(embedding=False) == total - embedding
+
+
+def test_a_seed_fixes_init_and_another_draws_every_matrix_anew():
+    first, again, other = (dict(build(TINY, seed).named_parameters()) for seed in (0, 0, 1))
+    for name, p in first.items():
+        assert torch.equal(p, again[name]), name
+        assert torch.equal(p, other[name]) == (role_of(name) == 'gain'), name
+        if name.startswith('blocks.0.') and role_of(name) != 'gain':
+            next_block = first[name.replace('blocks.0.', 'blocks.1.')]
+            assert not torch.equal(p, next_block), name
 
 
 def test_textbook_and_authors_are_the_same_at_base_width():
@@ -316,6 +405,23 @@ def test_a_broken_rule_is_broken_alone(rule, changes):
               for field in whole[role]._fields
               if getattr(whole[role], field) != getattr(broken[role], field)}
     assert differ == pytest.approx(changes, rel=1e-5)
+
+
+def test_a_rule_is_broken_beside_those_that_the_authors_broke():
+    c = replace(wide(1536), n_head=12)
+    whole = mup_table(c)
+
+    def changed(**changes):
+        table = mup_table(replace(c, **changes))
+        return {(role, field): getattr(table[role], field) for role in whole
+                for field in whole[role]._fields
+                if getattr(whole[role], field) != getattr(table[role], field)}
+
+    theirs = changed(mup_rules='authors')
+    assert len(theirs) == 2
+    for rule in ('lr_hidden', 'embedding_lr', 'logits', 'attn_scale', 'residual_depth'):
+        both = changed(mup_rules='authors', mup_break=rule)
+        assert both == theirs | changed(mup_break=rule) and len(both) > 2, rule
 
 
 def test_attention_scales_agree_at_heads_of_64():
