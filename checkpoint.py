@@ -1,9 +1,16 @@
 """The files of a run: written whole or not at all, read without running what is in them.
 
-A checkpoint out/RUN/step_N.pt is a dict of tensors and plain Python values, after N steps: model,
-optimizer state, config, knobs, step, tokens, and what made it. It is read with weights_only, so
-that a foreign file cannot bring code along, and only if its checksums are right: torch.save writes
-a zip file, which has one for each tensor.
+A run's folder, out/RUN, holds its checkpoints, its log and run.json, which says how it was made.
+A checkpoint step_N.pt is a dict of tensors and plain Python values, after N steps:
+
+    model             weights, in fp32                      step, tokens, optimizer   see TrainState
+    optimizer_state   moments, whole and by name            recent, watch             see TrainState
+    config, knobs     what the model is, how it is trained  fp8       scales and their history
+    made_by           code and packages
+
+A checkpoint is written to a temporary file, read back, and renamed only if every checksum matches
+(torch.save writes a zip file, which has one for each tensor). It is read with weights_only, so that
+a foreign file cannot bring code along.
 
     python checkpoint.py out/RUN                   # what is in the newest checkpoint of a run
 """
@@ -20,6 +27,8 @@ import socket
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,11 +37,39 @@ from configurator import fail
 from model import Xmodel, XmodelConfig
 from tokenizer import BOS_ID, EOS_ID
 
-# what a file of bare weights, {'config': ..., 'model': ...}, is taken to hold besides
-BARE = {'knobs': {}, 'step': 0, 'tokens': 0, 'recent': [], 'watch': (-50, 0.0),
-        'optimizer': None, 'optimizer_state': {}, 'fp8': None, 'made_by': {},
-        'bos_id': BOS_ID, 'eos_ids': [EOS_ID]}
 
+@dataclass
+class TrainState:
+    """Where a run stands: what a checkpoint holds beside tensors and how the run was made."""
+    step: int = 0                       # steps done
+    tokens: int = 0                     # tokens read, with padding
+    optimizer: str | None = None        # 'adamw' or 'muon': the kind in force; None before step 0
+    loss_history: list = field(default_factory=list)      # losses of the last 50 steps
+    switch_alarm: tuple = (-50, 0.0)    # (step of the last change of optimizer, loss that is a
+                                        # spike in the 50 steps after it)
+
+    # two fields have other names in a file
+    FILE_KEYS = {'loss_history': 'recent', 'switch_alarm': 'watch'}  # noqa: RUF012
+
+    def to_checkpoint(self):
+        """{key in the file: value}."""
+        return {self.FILE_KEYS.get(name, name): value for name, value in vars(self).items()}
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint):
+        """The state that read_checkpoint returned."""
+        return cls(**{name: checkpoint[cls.FILE_KEYS.get(name, name)]
+                      for name in cls.__dataclass_fields__})
+
+
+# what a file of bare weights, {'config': ..., 'model': ...}, is taken to hold besides
+BARE = TrainState().to_checkpoint() | {
+    'knobs': {}, 'optimizer_state': {}, 'fp8': None, 'made_by': {},
+    'bos_id': BOS_ID, 'eos_ids': [EOS_ID]}
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing
 
 def replace_file(path, write):
     """Let write(file) make the file `path` so that it is whole, or as before, whatever happens."""
@@ -58,14 +95,17 @@ def damaged(path):
         with zipfile.ZipFile(path) as file:
             return file.testzip() is not None
     except Exception as e:                                     # zipfile raises many kinds
-        # EINVAL: it says that something is before the file's beginning; None: from a decompressor
+        # zipfile's own OSErrors are EINVAL (an offset before the file) or have no number
         if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL):
             raise
         return True
 
 
 def write_checkpoint(path, state):
-    """Write the dict `state` as the file `path`, which is there only once it has been read back."""
+    """Write the dict `state` as the file `path`, which appears once it has been read back.
+
+    OSError where the disk is full, before anything is written if the disk says so.
+    """
     def write(f):
         torch.save(state, f)
         f.flush()
@@ -75,14 +115,26 @@ def write_checkpoint(path, state):
         if damaged(f.name):
             raise OSError(errno.EIO, 'what was written does not read back')
 
-    tensors = [t for part in (state['model'], *state['optimizer_state'].values())
-               for t in part.values()]
-    need, free = sum(t.nbytes for t in tensors), shutil.disk_usage(path.parent).free
+    need = sum(t.nbytes for t in state['model'].values())
+    need += sum(t.nbytes for moments in state['optimizer_state'].values() for t in moments.values())
+    free = shutil.disk_usage(path.parent).free
     if need > free:
         raise OSError(errno.ENOSPC, f'No space left on device ({need / 1e9:.3g} GB are wanted, '
                                     f'{free / 1e9:.3g} GB free)', str(path))
     replace_file(path, write)
 
+
+def prune(run, keep, ends):
+    """Delete a run's checkpoints but for the last one, or `keep`, and those at the steps `ends`."""
+    files = checkpoints(run)
+    passing = [f for f in files if int(f.stem[5:]) not in ends]
+    for file in passing[:max(0, len(passing) - keep)]:
+        if file != files[-1]:
+            file.unlink()
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading
 
 def checkpoints(run):
     """The step_N.pt files of a run's folder, in order of N."""
@@ -90,24 +142,64 @@ def checkpoints(run):
     return sorted(files, key=lambda f: int(f.stem[5:]))
 
 
+def checkpoint_file(path):
+    """The file `path`, or the newest step_N.pt of the folder `path`; ValueError if none is."""
+    if os.path.isdir(path):                 # unlike Path.is_dir, takes anything, as too long a name
+        files = checkpoints(path)
+        if files:
+            return files[-1]
+        if Path(path, 'config.json').exists():
+            raise ValueError(f"{path} is a model in Hugging Face's format: python export.py "
+                             f'--from_hf {path} out/NEW makes a checkpoint of it')
+        raise ValueError(f'{path} holds no checkpoint (step_N.pt)')
+    if not os.path.isfile(path):
+        steps = [file.stem[5:] for file in checkpoints(os.path.dirname(path) or '.')]
+        if steps:
+            raise ValueError(f'{path} does not exist; N of step_N.pt there: {", ".join(steps)}')
+        raise ValueError(f'{path} does not exist; a checkpoint is a file out/RUN/step_N.pt')
+    return path
+
+
+def wrong_field(checkpoint):
+    """What is wrong with a checkpoint's fields, in words that name the first; '' if nothing is."""
+    with torch.device('meta'):
+        expected = Xmodel(checkpoint['config']).state_dict()
+    shapes = {name: t.shape for name, t in expected.items()}
+    if {name: t.shape for name, t in checkpoint['model'].items()} != shapes:
+        return 'model: names or shapes are not those of its config'
+    for name, t in checkpoint['model'].items():
+        if t.dtype != torch.float32:
+            return f'model: {name} is {t.dtype}, weights are torch.float32'
+    for name, moments in checkpoint['optimizer_state'].items():
+        for key, t in moments.items():
+            if t.shape not in (shapes[name], ()) or t.dtype != torch.float32:
+                return f'optimizer_state: {key} of {name} has another shape or dtype'
+    for key in ('step', 'tokens'):
+        if type(checkpoint[key]) is not int or checkpoint[key] < 0:
+            return f'{key}={checkpoint[key]!r} is no number of {key}'
+    if checkpoint['optimizer'] not in (None, 'adamw', 'muon'):
+        return f'optimizer={checkpoint["optimizer"]!r} is neither adamw nor muon'
+    losses, alarm = checkpoint['recent'], checkpoint['watch']
+    if not isinstance(losses, list) or len(losses) > 50 or not all(map(is_finite, losses)):
+        return 'recent is no list of up to 50 finite losses'
+    if not isinstance(alarm, (tuple, list)) or len(alarm) != 2 or not all(map(is_finite, alarm)):
+        return f'watch={alarm!r} is no (step, loss)'
+    if not isinstance(checkpoint['knobs'], dict):
+        return 'knobs is no dict'
+    return ''
+
+
+def is_finite(x):
+    return type(x) in (int, float) and math.isfinite(x)
+
+
 def read_checkpoint(path, check=True):
     """The dict that train.py saved as the file `path`, or as the newest of the run folder `path`.
 
-    ValueError, in one line, for a missing or foreign file; which cannot run code (weights_only).
+    Besides, 'path' is the file; 'config' is an XmodelConfig. check: read all of the file for its
+    checksums. ValueError, in one line, for a missing, foreign or damaged file.
     """
-    if os.path.isdir(path):                 # unlike Path.is_dir, takes anything, as too long a name
-        files = checkpoints(path)
-        if not files and Path(path, 'config.json').exists():
-            raise ValueError(f"{path} is a model in Hugging Face's format: python export.py "
-                             f'--from_hf {path} out/NEW makes a checkpoint of it')
-        if not files:
-            raise ValueError(f'{path} holds no checkpoint (step_N.pt)')
-        path = files[-1]
-    if not os.path.isfile(path):
-        there = ', '.join(file.stem[5:] for file in checkpoints(os.path.dirname(path) or '.'))
-        raise ValueError(f'{path} does not exist; ' + (
-            f'N of step_N.pt there: {there}' if there else
-            'a checkpoint is a file out/RUN/step_N.pt'))
+    path = checkpoint_file(path)
     try:
         if check and damaged(path):
             raise ValueError(f'{path} is not a checkpoint of train.py, or is damaged: its '
@@ -119,30 +211,13 @@ def read_checkpoint(path, check=True):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
         config = XmodelConfig(**checkpoint['config'])
         checkpoint = BARE | checkpoint | {'config': config, 'path': str(path)}
-        with torch.device('meta'):
-            right = Xmodel(config).state_dict()
-        shapes, right = ({k: v.shape for k, v in d.items()} for d in (checkpoint['model'], right))
-        if shapes != right or type(checkpoint['step']) is not int or checkpoint['step'] < 0 \
-                or checkpoint['optimizer'] not in (None, 'adamw', 'muon') \
-                or type(checkpoint['tokens']) is not int or type(checkpoint['knobs']) is not dict \
-                or not all(t.is_floating_point() for t in checkpoint['model'].values()) \
-                or any(t.shape not in (right[name], ()) for name, moments in
-                       checkpoint['optimizer_state'].items() for t in moments.values()):
-            raise ValueError
-        return checkpoint
-    except Exception as e:  # noqa: BLE001                         (torch.load raises many kinds)
+        wrong = wrong_field(checkpoint)
+    except Exception as e:  # noqa: BLE001                     (torch.load raises many kinds)
         raise ValueError(f'{path} is not a checkpoint of train.py, or is damaged '
                          f'({type(e).__name__})') from None
-
-
-def usable_device(name):
-    """The torch.device of that name; ends the program in one line where it cannot be used."""
-    try:
-        zero = torch.zeros(1, device=name)
-        zero.item()                                                # which 'meta' does not have
-        return zero.device
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        fail(f'device={name!r} cannot be used here: {str(e).splitlines()[0][:120]}')
+    if wrong:
+        raise ValueError(f'{path} is not a checkpoint of train.py, or is damaged: {wrong}')
+    return checkpoint
 
 
 def load_model(path, device='cpu'):
@@ -153,14 +228,8 @@ def load_model(path, device='cpu'):
     return model.eval(), checkpoint
 
 
-def prune(run, keep, ends):
-    """Delete a run's checkpoints but for the last one, or `keep`, and those at the steps `ends`."""
-    files = checkpoints(run)
-    passing = [f for f in files if int(f.stem[5:]) not in ends]
-    for file in passing[:max(0, len(passing) - keep)]:
-        if file != files[-1]:
-            file.unlink()
-
+# --------------------------------------------------------------------------------------------------
+# The other files of a run's folder: log.jsonl, run.json, lock
 
 def read_log(run):
     """The lines of run/log.jsonl, a dict each, without those where the loss is not finite."""
@@ -203,14 +272,17 @@ def take_folder(run):
 def made_by():
     """What decides a run beside its knobs and data: code and packages."""
     here, code = Path(__file__).parent, hashlib.sha256()
-    for name in ('train', 'model', 'muon', 'fp8', 'data_prep', 'tokenizer'):
+    for name in ('train', 'model', 'muon', 'fp8', 'loader', 'distributed', 'start', 'run',
+                 'data_prep', 'tokenizer'):
         code.update((here / f'{name}.py').read_bytes())
-    commit = shutil.which('git') and subprocess.run(
-        ['git', 'rev-parse', 'HEAD'], cwd=here, capture_output=True, text=True,
-        check=False).stdout.strip()
+    commit = None
+    if shutil.which('git'):
+        git = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=here, capture_output=True, text=True,
+                             check=False)
+        commit = git.stdout.strip()
+    packages = {name: importlib.metadata.version(name) for name in ('torch', 'numpy', 'tiktoken')}
     return {'code': code.hexdigest()[:16], 'git_commit': commit,
-            'python': sys.version.split()[0],
-            **{name: importlib.metadata.version(name) for name in ('torch', 'numpy', 'tiktoken')}}
+            'python': sys.version.split()[0], **packages}
 
 
 def step_of(line):
@@ -222,22 +294,30 @@ def step_of(line):
 
 
 def begin_folder(run, step, about):
-    """Keep of the run's log the lines before `step`, and no heartbeats; write run.json.
+    """Begin, or with step > 0 go on, in a run's folder: cut its log to `step`, write run.json.
 
-    A log that is damaged, or has lines though there was no checkpoint to go on from, is also kept
-    as log.old.
+    run.json keeps the `about` of the run's first start; one that goes on is added to its list
+    'resumed'. A log that is damaged, or has lines though there was no checkpoint to go on from, is
+    also kept as log.old. Heartbeats are deleted, as there may be fewer ranks now.
     """
-    log = run / 'log.jsonl'
-    for beat in run.glob('heartbeat_*'):                           # there may be fewer ranks now
+    log, run_json = run / 'log.jsonl', run / 'run.json'
+    for beat in run.glob('heartbeat_*'):
         beat.unlink()
     old = log.read_bytes() if log.exists() else b''
     lines = old.decode(errors='replace').split('\n')[:-1]          # the last one: cut off by a kill
     steps = [step_of(line) for line in lines]
     if old and (not step or -1 in steps):
         replace_file(run / 'log.old', lambda f: f.write(old))
-    kept = ''.join(line + '\n' for line, at in zip(lines, steps) if 0 <= at < step)
+    kept = ''.join(line + '\n' for line, n in zip(lines, steps) if 0 <= n < step)
+    if step:
+        with suppress(OSError, ValueError, TypeError, AttributeError,
+                      RecursionError):                              # damaged: made anew
+            first = json.loads(run_json.read_text())
+            if first.keys() >= about.keys():
+                first['resumed'] = [*first.get('resumed', []), about]
+                about = first
     # the log last: without one, a disk that is full by now leaves no run that would be in the way
-    replace_file(run / 'run.json', lambda f: f.write(json.dumps(about, indent=1).encode()))
+    replace_file(run_json, lambda f: f.write(json.dumps(about, indent=1).encode()))
     replace_file(log, lambda f: f.write(kept.encode()))
 
 
@@ -246,12 +326,17 @@ def changes(old, new, path=''):
     if path == 'phases':
         old, new = ({phase['name']: phase for phase in phases} for phases in (old, new))
     if isinstance(old, dict) and isinstance(new, dict):
-        lines = [line for key in {**old, **new}
-                 for line in changes(old.get(key), new.get(key), f'{path}.{key}' if path else key)]
-        if lines or list(old) == list(new) or not (path == 'phases' or path.endswith('.data')):
+        lines = []
+        for key in {**old, **new}:
+            name = f'{path}.{key}' if path else key
+            lines += changes(old.get(key), new.get(key), name)
+        order_counts = path == 'phases' or path.endswith('.data')
+        if lines or not order_counts:
             return lines
-        old, new = list(old), list(new)                # the order of phases and of data sets counts
-    return [] if old == new else [f'{path}: {old!r} -> {new!r}']
+        old, new = list(old), list(new)
+    if old == new:
+        return []
+    return [f'{path}: {old!r} -> {new!r}']
 
 
 if __name__ == '__main__':

@@ -22,6 +22,7 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
+KNOB_TYPES = (bool, int, float, str, list, dict, tuple)
 CHOICE = r"(?:'[^']*'|True|False|-?\d+(?:\.\d+)?)"
 
 
@@ -52,45 +53,69 @@ def assigned(tree):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
-def read_knobs(knobs):
-    """({knob: its choices, [] for any value}, the source lines that show them) of a script."""
-    source = Path(knobs['__file__']).read_text(encoding='utf-8')
-    lines, choices, shown = source.splitlines(), {}, [0]
-    for node in ast.parse(source).body:
+def read_knobs(script):
+    """({knob: its choices, [] for any value}, the source lines that show them) of a script.
+
+    script: its globals. Knobs stand above the first function or class.
+    """
+    source = Path(script['__file__']).read_text(encoding='utf-8').splitlines()
+    choices, shown = {}, {0}
+    for node in ast.parse('\n'.join(source)).body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             break
-        for name in assigned(node) if isinstance(node, (ast.Assign, ast.AnnAssign)) else ():
-            if name[0] != '_' and name.islower() and \
-                    type(knobs.get(name)) in (bool, int, float, str, list, dict, tuple):
-                m = re.search(rf'# ({CHOICE}(?: \| {CHOICE})+)', lines[node.lineno - 1])
-                choices[name] = [ast.literal_eval(c) for c in m[1].split(' | ')] if m else []
-                shown += range(node.lineno, node.end_lineno + 1)
-    return choices, [line for i, line in enumerate(lines, 1)
-                     if i in shown or line.startswith('# --- ') and i < shown[-1]]
+        if not isinstance(node, (ast.Assign, ast.AnnAssign)):
+            continue
+        for name in assigned(node):
+            if name[0] == '_' or not name.islower() or type(script.get(name)) not in KNOB_TYPES:
+                continue
+            match = re.search(rf'# ({CHOICE}(?: \| {CHOICE})+)', source[node.lineno - 1])
+            choices[name] = []
+            if match:
+                choices[name] = [ast.literal_eval(choice) for choice in match[1].split(' | ')]
+            shown |= set(range(node.lineno, node.end_lineno + 1))
+    last = max(shown)
+    lines = [line for n, line in enumerate(source, 1)
+             if n in shown or (line.startswith('# --- ') and n < last)]
+    return choices, lines
 
 
-def knob_values(knobs):
+def knob_values(script):
     """{knob: value} as they stand: what a script stores to say how it was run."""
-    return {name: knobs[name] for name in read_knobs(knobs)[0]}
+    return {name: script[name] for name in read_knobs(script)[0]}
 
 
 def unknown(key, known):
+    """The ValueError for a key that is not among the known ones."""
     near = difflib.get_close_matches(key, map(str, known), 1, 0)
-    return ValueError(f'unknown key {key!r}' + (f', the nearest is {near[0]!r}' if near else ''))
+    hint = f', the nearest is {near[0]!r}' if near else ''
+    return ValueError(f'unknown key {key!r}{hint}')
 
 
 def convert(value, like, choices=()):
     """value if it is one of the choices or, where there are none, of the type of like."""
     if choices:
-        if (type(value), value) not in [(type(c), c) for c in choices]:
+        if (type(value), value) not in [(type(choice), choice) for choice in choices]:
             raise ValueError(f'{value!r} should be one of {", ".join(map(repr, choices))}')
     elif type(like) is float and type(value) is int:
         return float(value)
     elif like is not None and type(value) is not type(like):
-        kind = {bool: 'True or False', list: 'a list, such as ["a", "b"]'}.get(
+        expected = {bool: 'True or False', list: 'a list, such as ["a", "b"]'}.get(
             type(like), f'of type {type(like).__name__}')
-        raise ValueError(f'{reprlib.repr(value)} should be {kind}')
+        raise ValueError(f'{reprlib.repr(value)} should be {expected}')
     return value
+
+
+def parse_value(text, like, choices):
+    """The value that a flag's text means, of the type of like; True: a flag without text."""
+    for choice in choices:
+        if str(choice) == str(text):
+            return choice
+    value = text
+    if not choices and not isinstance(like, str):
+        python = {'true': 'True', 'false': 'False'}.get(text, text)
+        with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            value = ast.literal_eval(python)
+    return convert(value, like, choices)
 
 
 def put(old, keys, text, choices=(), record=None):
@@ -100,73 +125,106 @@ def put(old, keys, text, choices=(), record=None):
     may have the keys of its neighbours. Other dicts take new keys, with values of the type there.
     """
     if not keys:
-        value = {str(c): c for c in choices or ()}.get(str(text), text)
-        if not choices and not isinstance(old, str):
-            with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                value = ast.literal_eval({'true': 'True', 'false': 'False'}.get(text, text))
-        return convert(value, old, choices)
+        return parse_value(text, old, choices or ())
     key, *rest = keys
-    if isinstance(old, list) and all(isinstance(d, dict) and 'name' in d for d in old):
-        if key not in [d['name'] for d in old]:
-            raise unknown(key, [d['name'] for d in old])
-        record = {k: v for d in old for k, v in d.items()}
-        return [put(d, rest, text, (), record) if d['name'] == key else d for d in old]
+    if isinstance(old, list) and all(isinstance(entry, dict) and 'name' in entry for entry in old):
+        names = [entry['name'] for entry in old]
+        if key not in names:
+            raise unknown(key, names)
+        record = {k: v for entry in old for k, v in entry.items()}
+        new = list(old)
+        for i, name in enumerate(names):
+            if name == key:
+                new[i] = put(old[i], rest, text, (), record)
+        return new
     known = {**(record or {}), **old} if isinstance(old, dict) else {}
-    if key not in known and (rest or record is not None or not isinstance(old, dict)):
+    may_be_new = isinstance(old, dict) and record is None and not rest
+    if key not in known and not may_be_new:
         raise unknown(key, known)
-    return {**old, key: put(known.get(key, next(iter(old.values()), None)), rest, text, choices)}
+    like = known.get(key, next(iter(old.values()), None))
+    return {**old, key: put(like, rest, text, choices)}
 
 
 def run_config(file, values):
     """(what the config file leaves behind, {name: line} of what it assigns), given these knobs."""
     if not Path(file).is_file():
         near = difflib.get_close_matches(file, map(str, Path(file).parent.glob('*.py')), 1)
-        raise ValueError('there is no such file' + (f'; the nearest is {near[0]}' if near else ''))
+        hint = f'; the nearest is {near[0]}' if near else ''
+        raise ValueError(f'there is no such file{hint}')
     space = {'__file__': file, **copy.deepcopy(values)}
     try:
         tree = ast.parse(Path(file).read_bytes(), file)
         exec(compile(tree, file, 'exec'), space)  # noqa: S102
     except (Exception, SystemExit) as e:                         # a config ends no program
-        lines = [getattr(e, 'lineno', None) or 1] + [
-            at.lineno for at in traceback.extract_tb(e.__traceback__) if at.filename == file]
-        raise ValueError(f'line {lines[-1]}: {type(e).__name__}: {getattr(e, "msg", e)}') from e
+        lines = [getattr(e, 'lineno', None) or 1]
+        lines += [frame.lineno for frame in traceback.extract_tb(e.__traceback__)
+                  if frame.filename == file]
+        message = getattr(e, 'msg', e)
+        raise ValueError(f'line {lines[-1]}: {type(e).__name__}: {message}') from e
     return space, assigned(tree)
 
 
-def configure(knobs, argv=None, default=None, positional=()):
+def configure(script, argv=None, default=None, positional=()):
     """Override the knobs among a script's globals() in place: first by config files, then by flags.
 
     default: the config file, beside the script, where none is given. positional: the knobs that
     arguments set, in turn, which are neither flag nor .py. A mistake ends the program in one line.
     """
-    argv, script = sys.argv[1:] if argv is None else argv, knobs['__file__']
-    choices, shown = read_knobs(knobs)
+    argv = sys.argv[1:] if argv is None else argv
+    choices, shown = read_knobs(script)
     if '--help' in argv or '-h' in argv:
-        print(knobs.get('__doc__') or '', 'Knobs, to be set by --key=value:', *shown, sep='\n')
+        print(script.get('__doc__') or '', 'Knobs, to be set by --key=value:', *shown, sep='\n')
         sys.exit(0)
-    values = {name: knobs[name] for name in choices}
-    files = [a for a in argv if a.endswith('.py') and a[0] != '-']
-    try:
-        for file in files or ([str(Path(script).parent / default)] if default else []):
-            at = file                                            # the place to name in an error
-            space, lines = run_config(file, values)
-            for key, value in space.items():
-                at = f'{file}: line {lines.get(key, 1)}: {key}'
-                if key in values:
-                    values[key] = convert(value, values[key], choices[key])
-                elif key in lines and key[0] != '_':
-                    raise ValueError(f"{unknown(key, values)}; a helper's name begins with _")
-        for at in (a for a in argv if a not in files):
-            if positional and at[:1] != '-':
-                name, *positional = positional
-                values[name] = convert(at, values[name])
+    values = {name: script[name] for name in choices}
+    files = [arg for arg in argv if arg.endswith('.py') and arg[0] != '-']
+    flags = [arg for arg in argv if arg not in files]
+    if not files and default:
+        files = [str(Path(script['__file__']).parent / default)]
+    for file in files:
+        values = apply_config(file, values, choices)
+    positional = list(positional)
+    for i, flag in enumerate(flags):
+        place = flag
+        try:
+            if positional and flag[:1] != '-':
+                name = positional.pop(0)
+                values[name] = convert(flag, values[name])
                 continue
-            key, given, text = at[2:].partition('=')
-            key += '_' * keyword.iskeyword(key)                  # --break sets the knob break_
-            if at[:2] != '--':
+            if flag[:2] != '--':
                 raise ValueError('should be --key=value or a config file (.py)')
-            at += '' if given else ' (without =VALUE)'
+            key, given, text = flag[2:].partition('=')
+            if not given:
+                place += ' (without =VALUE)'
+            key += '_' * keyword.iskeyword(key)                  # --break sets the knob break_
             values = put(values, key.split('.'), text if given else True, choices.get(key), {})
+        except ValueError as e:
+            fail(f'{place}: {e}{space_hint(flags, i)}')
+    script.update(values)
+
+
+def apply_config(file, values, choices):
+    """The values as a config file changes them; a mistake in it ends the program in one line."""
+    values, place = dict(values), file                           # place: to name in an error
+    try:
+        space, lines = run_config(file, values)
+        for key, value in space.items():
+            place = f'{file}: line {lines.get(key, 1)}: {key}'
+            if key in values:
+                values[key] = convert(value, values[key], choices[key])
+            elif key in lines and key[0] != '_':
+                raise ValueError(f"{unknown(key, values)}; a helper's name begins with _")
     except ValueError as e:
-        fail(f'{at}: {e}')
-    knobs.update(values)
+        fail(f'{place}: {e}')
+    return values
+
+
+def space_hint(flags, i):
+    """Where flag number i is wrong since a space is in the place of =, how to write it; or ''."""
+    before, after = i, i + 1
+    if flags[i][:1] != '-':
+        before, after = i - 1, i
+    if before < 0 or after == len(flags) or flags[after][:1] == '-':
+        return ''
+    if flags[before][:2] != '--' or '=' in flags[before]:
+        return ''
+    return f'; without a space: {flags[before]}={flags[after]}'

@@ -1,4 +1,4 @@
-"""Weights out to Hugging Face's format and in from it. Our network is transformers' Granite.
+"""Weights out to Hugging Face's format and GGUF, and in from Hugging Face's.
 
     python export.py out/proxy20m hf/proxy20m                   # for transformers, vLLM, lm-eval
     python export.py out/xmodel25 hf/xmodel25 --format=xmodel --dtype=bf16      # as the authors do
@@ -6,11 +6,12 @@
     python export.py --from_hf hf/proxy20m out/imported         # back in; or anyone's Granite,
                                                                 # Xmodel-2.5 or Llama, if tied
 
-µP asks of the forward pass four constants: factors of embedding, q·k, residual branches and logits.
-IBM's Granite 3 (transformers' GraniteForCausalLM) is a Llama with just these, so what is written
-here runs with no code of ours. The other way a Granite of any factors, or a Llama (all of them 1,
-but for q·k / sqrt(hd)), is an Xmodel with other scales. What training needs besides, the rules for
-init and learning rates, has no place in Granite's config: shape.py says what was assumed.
+µP needs four constants in the forward pass: factors of the embedding, of q·k, of the residual
+branches and of the logits. IBM's Granite 3 (transformers' GraniteForCausalLM) is a Llama with just
+these four, so what is written here runs without any code of ours. In the other direction, a Granite
+with any factors is an Xmodel with other scales; and so is a Llama, whose factors are 1 except for
+q·k / sqrt(hd). µP's rules for init and learning rates have no keys in Granite's config: the file
+shape.py, which is written beside an imported checkpoint, says what was assumed.
 """
 import json
 import math
@@ -47,16 +48,16 @@ format = 'granite'            # 'granite' | 'xmodel' | 'gguf': xmodel has the au
 dtype = 'fp32'                # 'fp32' | 'bf16' | 'fp16' | 'q8_0': of weights out; q8_0: gguf alone
 shard_gb = 5.0                # weights beyond this go into several files
 
-# dtype: (safetensors', GGUF's, what GGUF calls a file of it)
-DTYPES = {'fp32': (torch.float32, 'F32', 'ALL_F32'), 'fp16': (torch.float16, 'F16', 'MOSTLY_F16'),
-          'bf16': (torch.bfloat16, 'BF16', 'MOSTLY_BF16'), 'q8_0': (None, 'Q8_0', 'MOSTLY_Q8_0')}
-# our modules, and Llama's that each of them fuses, in the order of its rows
+# the dtype in which weights have to be finite; q8_0 has its scales in fp16
+DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16,
+          'q8_0': torch.float16}
+# our module: the modules of Llama that it fuses, in the order of its rows
 MODULES = {'embed': ['model.embed_tokens'], 'norm': ['model.norm']}
 IN_A_BLOCK = {'norm1': ['input_layernorm'], 'norm2': ['post_attention_layernorm'],
               'attn.qkv': ['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'],
               'attn.out': ['self_attn.o_proj'],
               'ffn.gate_up': ['mlp.gate_proj', 'mlp.up_proj'], 'ffn.down': ['mlp.down_proj']}
-# keys of XmodelConfig and of every config.json
+# key of XmodelConfig: key of config.json, in all three formats
 SHAPE = {'n_layer': 'num_hidden_layers', 'n_head': 'num_attention_heads',
          'n_kv_head': 'num_key_value_heads', 'n_embd': 'hidden_size', 'n_ffn': 'intermediate_size',
          'vocab_size': 'vocab_size', 'block_size': 'max_position_embeddings',
@@ -67,32 +68,34 @@ SHAPE = {'n_layer': 'num_hidden_layers', 'n_head': 'num_attention_heads',
 # The same network in both configurations
 
 def hf_tensors(c):
-    """For each of Llama's tensors (our parameter that holds it, its name, rows there, shape)."""
+    """[(our parameter, Llama's tensor, which rows of ours it is, its shape)] of Xmodel(c)."""
     with torch.device('meta'):
         model = Xmodel(c)
-    found = []
+    tensors = []
     for ours, p in model.named_parameters():
         module, _, leaf = ours.rpartition('.')
         if module.startswith('blocks.'):
             _, n, inner = module.split('.', 2)
-            theirs = [f'model.layers.{n}.{name}' for name in IN_A_BLOCK[inner]]
+            names = [f'model.layers.{n}.{name}' for name in IN_A_BLOCK[inner]]
         else:
-            theirs = MODULES[module]
+            names = MODULES[module]
+        rows_of_each = getattr(model.get_submodule(module), 'parts', p.shape[:1])
         first = 0
-        for name, rows in zip(theirs, getattr(model.get_submodule(module), 'parts', p.shape[:1])):
-            found.append((ours, f'{name}.{leaf}', slice(first, first + rows),
-                          (rows, *p.shape[1:])))
+        for name, rows in zip(names, rows_of_each):
+            shape = (rows, *p.shape[1:])
+            tensors.append((ours, f'{name}.{leaf}', slice(first, first + rows), shape))
             first += rows
-    return found
+    return tensors
 
 
 def hf_config(c, keys='granite'):
     """The config.json, a dict, with which Llama's tensors compute what Xmodel(c) computes.
 
-    keys: 'granite', or 'xmodel', which the authors' own class reads; ValueError if it cannot.
+    keys: 'granite', or 'xmodel' for the authors' own class. ValueError if that has no keys for c.
     """
     factor = {role: rule.multiplier for role, rule in mup_table(c).items()}
-    config = {theirs: getattr(c, ours) for ours, theirs in SHAPE.items()} | {
+    config = {theirs: getattr(c, ours) for ours, theirs in SHAPE.items()}
+    config |= {
         'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False, 'attention_dropout': 0.0,
         'tie_word_embeddings': True, 'use_cache': True, 'initializer_range': c.init_std,
         'rope_theta': c.rope_theta, 'rope_scaling': None,
@@ -104,7 +107,8 @@ def hf_config(c, keys='granite'):
             'rope_parameters': {'rope_type': 'default', 'rope_theta': c.rope_theta},
             'embedding_multiplier': factor['embedding'],
             'attention_multiplier': factor['attention'],
-            'residual_multiplier': factor['branch_out'], 'logits_scaling': 1 / factor['logits']}
+            'residual_multiplier': factor['branch_out'],
+            'logits_scaling': 1 / factor['logits']}
     if c.mup_rules == 'sp' or c.mup_break or c.attention_scale != 1:
         raise ValueError('format=xmodel has no keys for mup_rules=sp, mup_break or attention_scale')
     return config | {
@@ -115,70 +119,100 @@ def hf_config(c, keys='granite'):
         'mup_base_width': c.mup_base_width, 'mup_width_multiplier': c.n_embd / c.mup_base_width}
 
 
+def number(config, key, default=None, kind=float):
+    """config[key], or the default where it is missing or null, as a float or an int.
+
+    ValueError if it is no such number, or not above 0 and below 2^31.
+    """
+    value = default if config.get(key) is None else config[key]
+    if type(value) not in (int, float) or not 0 < value < 2**31 or value != kind(value):
+        what = 'a number' if kind is float else 'a whole number'
+        raise ValueError(f'{key} is {repr(value)[:40]}, which should be {what} above 0 '
+                         'and below 2^31')
+    return kind(value)
+
+
+def check_architecture(config):
+    """ValueError, with the key, if a config.json describes a network of another kind than ours."""
+    model_type = config.get('model_type')
+    if model_type not in ('granite', 'xmodel', 'llama'):
+        raise ValueError(f'model_type is {model_type!r}; granite, xmodel and llama can be read')
+    tied_by_default = model_type == 'xmodel'
+    for key, default, ours in (
+            ('hidden_act', 'silu', 'silu'), ('attention_bias', False, False),
+            ('mlp_bias', False, False), ('tie_word_embeddings', tied_by_default, True)):
+        value = config.get(key, default)
+        if value != ours:
+            raise ValueError(f'{key} is {value!r}; our network has {ours!r}')
+
+
+def rope_theta_of(config):
+    """The base of RoPE in a config.json; ValueError if RoPE is scaled in some way."""
+    theta = config.get('rope_theta')
+    for key in ('rope_parameters', 'rope_scaling'):                # of transformers 5, and before
+        rope = config.get(key) or {}
+        kind = rope.get('rope_type', rope.get('type', 'default'))
+        differs_by_layer = any(isinstance(value, dict) for value in rope.values())
+        if kind != 'default' or differs_by_layer:
+            raise ValueError(f'{key} is {rope}; our network has plain RoPE')
+        theta = rope.get('rope_theta', theta)
+    return number({'rope_theta': theta}, 'rope_theta', 10_000.0)
+
+
 def our_config(config):
     """The XmodelConfig of a config.json of Granite, Xmodel or Llama.
 
     ValueError names the key of what our network does not have.
     """
-    def number(key, default=None, kind=float):
-        value = default if config.get(key) is None else config[key]
-        if type(value) not in (int, float) or not 0 < value < 2**31 or value != kind(value):
-            what = 'a number' if kind is float else 'a whole number'
-            raise ValueError(f'{key} is {repr(value)[:40]}, which should be {what} above 0 '
-                             'and below 2^31')
-        return kind(value)
-
-    model_type = config.get('model_type')
-    if model_type not in ('granite', 'xmodel', 'llama'):
-        raise ValueError(f'model_type is {model_type!r}; granite, xmodel and llama can be read')
-    for key, default, right in (
-            ('hidden_act', 'silu', 'silu'), ('attention_bias', False, False),
-            ('mlp_bias', False, False),
-            # Llama is untied unless its config says otherwise
-            ('tie_word_embeddings', model_type == 'xmodel', True)):
-        if config.get(key, default) != right:
-            raise ValueError(f'{key} is {config.get(key, default)!r}; our network has {right!r}')
-    for key in ('rope_parameters', 'rope_scaling'):                # by version 5, and before
-        rope = config.get(key) or {}
-        if rope.get('rope_type', rope.get('type', 'default')) != 'default' or any(
-                isinstance(value, dict) for value in rope.values()):
-            raise ValueError(f'{key} is {rope}; our network has plain RoPE')
-        if 'rope_theta' in rope:
-            config = config | {'rope_theta': rope['rope_theta']}
-    default = {'num_key_value_heads': config.get('num_attention_heads')}
-    shape = {ours: number(theirs, default.get(theirs), float if ours == 'norm_eps' else int)
-             for ours, theirs in SHAPE.items()} | {'rope_theta': number('rope_theta', 10_000.0)}
-    L, C = shape['n_layer'], shape['n_embd']
-    hd = C / shape['n_head']
-    if number('head_dim', hd) != hd:
+    check_architecture(config)
+    shape = {'rope_theta': rope_theta_of(config)}
+    for ours, theirs in SHAPE.items():
+        default = config.get('num_attention_heads') if ours == 'n_kv_head' else None
+        shape[ours] = number(config, theirs, default, float if ours == 'norm_eps' else int)
+    hd = shape['n_embd'] / shape['n_head']
+    if number(config, 'head_dim', hd) != hd:
         raise ValueError(f'head_dim is {config["head_dim"]}; our heads have '
                          f'hidden_size / num_attention_heads = {hd:g}')
-    if model_type == 'xmodel' and config.get('use_mup'):
-        attention, ffn = (number(f'mup_{part}_residual_scale', 1.4)
-                          for part in ('attention', 'ffn'))
-        if attention != ffn:
-            raise ValueError(f'mup_attention_residual_scale is {attention} and '
-                             f'mup_ffn_residual_scale {ffn}; our branches have the same')
-        return XmodelConfig(**shape, mup_rules='authors', residual_scale=attention,
-                            input_scale=number('mup_input_scale', 12.0),
-                            output_scale=number('mup_output_scale', 1.0),
-                            mup_base_width=number('mup_base_width', 256, int))
-    # mup_table solved for the scales; a Llama's factors are 1, but for that of q·k
-    embedding, attention, branch, divisor = (
-        number(key, 1.0) if model_type == 'granite' else default for key, default in (
-            ('embedding_multiplier', 1.0), ('attention_multiplier', 1 / math.sqrt(hd)),
-            ('residual_multiplier', 1.0), ('logits_scaling', 1.0)))
-    return XmodelConfig(**shape, input_scale=embedding, attention_scale=attention * hd,
-                        residual_scale=branch * math.sqrt(L),
-                        output_scale=C / XmodelConfig.mup_base_width / divisor)
+    if config['model_type'] == 'xmodel' and config.get('use_mup'):
+        return XmodelConfig(**shape, mup_rules='authors', **authors_scales(config))
+    return XmodelConfig(**shape, **scales_of_factors(config, shape, hd))
+
+
+def authors_scales(config):
+    """The scales in the authors' own config.json."""
+    attention = number(config, 'mup_attention_residual_scale', 1.4)
+    ffn = number(config, 'mup_ffn_residual_scale', 1.4)
+    if attention != ffn:
+        raise ValueError(f'mup_attention_residual_scale is {attention} and '
+                         f'mup_ffn_residual_scale {ffn}; our branches have the same')
+    return {'residual_scale': attention,
+            'input_scale': number(config, 'mup_input_scale', 12.0),
+            'output_scale': number(config, 'mup_output_scale', 1.0),
+            'mup_base_width': number(config, 'mup_base_width', 256, int)}
+
+
+def scales_of_factors(config, shape, hd):
+    """The scales from which model.mup_table makes a Granite's four factors, or a Llama's."""
+    factor = {'embedding_multiplier': 1.0, 'attention_multiplier': 1 / math.sqrt(hd),
+              'residual_multiplier': 1.0, 'logits_scaling': 1.0}
+    if config['model_type'] == 'granite':
+        factor = {key: number(config, key, 1.0) for key in factor}
+    width_multiplier = shape['n_embd'] / XmodelConfig.mup_base_width
+    return {'input_scale': factor['embedding_multiplier'],
+            'attention_scale': factor['attention_multiplier'] * hd,
+            'residual_scale': factor['residual_multiplier'] * math.sqrt(shape['n_layer']),
+            'output_scale': width_multiplier / factor['logits_scaling']}
 
 
 # --------------------------------------------------------------------------------------------------
-# Out
+# Out to Hugging Face's format
 
 @contextmanager
 def new_path(path):
-    """Where to make a file or folder; it becomes `path` at the end: whole, or not at all."""
+    """Yields a temporary path to write to, which is renamed to `path` at the end.
+
+    After an exception nothing is left.
+    """
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,165 +227,223 @@ def write_json(path, content):
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
 
 
-def tensors_of(state, c):
-    """(Llama's name, tensor) of a state dict, one by one; ValueError if not finite in dtype."""
+def checkpoint_with_our_tokenizer(path):
+    """(what read_checkpoint returns, our tokenizer.json as a dict).
+
+    ValueError if the checkpoint has a tokenizer of its own.
+    """
+    about = read_checkpoint(path)
+    own = Path(about['path']).with_name('tokenizer.json')
+    if own.exists():
+        raise ValueError(f'{own}: with its own tokenizer a model is best taken from where it was '
+                         'imported; those of our tokenizer are written')
+    return about, tokenizer_json(about['config'].vocab_size)
+
+
+def hf_state(state, c):
+    """Yields (Llama's name, tensor) of a state dict; ValueError if one is not finite in dtype."""
     for ours, theirs, rows, _ in tqdm(hf_tensors(c), unit='tensor', disable=None):
         t = state[ours][rows]
-        kind = DTYPES[dtype][0] or torch.float16                   # q8_0 has scales in fp16
-        if not t.to(kind).isfinite().all():
+        if not t.to(DTYPES[dtype]).isfinite().all():
             raise ValueError(f'{theirs} is not finite in {dtype}')
         yield theirs, t
+
+
+def plan_shards(c, shard_bytes):
+    """([[name of a tensor, ...] of each file], bytes of all): files of at most shard_bytes.
+
+    A tensor that is larger has a file of its own.
+    """
+    shards, shard_size, total = [[]], 0, 0
+    for _, name, _, shape in hf_tensors(c):
+        n_bytes = math.prod(shape) * DTYPES[dtype].itemsize
+        if shards[-1] and shard_size + n_bytes > shard_bytes:
+            shards.append([])
+            shard_size = 0
+        shards[-1].append(name)
+        shard_size += n_bytes
+        total += n_bytes
+    return shards, total
 
 
 def write_weights(folder, state, c, shard_bytes):
     """Write the tensors of a state dict as model.safetensors, or as shards and their index."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    kind = DTYPES[dtype][0]
-    files, size, total = [[]], 0, 0                                # names of tensors in each file
-    for _, name, _, shape in hf_tensors(c):
-        bytes_ = math.prod(shape) * kind.itemsize
-        if files[-1] and size + bytes_ > shard_bytes:
-            files.append([])
-            size = 0
-        files[-1].append(name)
-        size, total = size + bytes_, total + bytes_
-    index, tensors = {}, tensors_of(state, c)
-    for n, names in enumerate(files, 1):
-        file = f'model-{n:05}-of-{len(files):05}' if files[1:] else 'model'
+    shards, total_bytes = plan_shards(c, shard_bytes)
+    tensors = hf_state(state, c)
+    index = {}
+    for n, names in enumerate(shards, 1):
+        file = 'model.safetensors'
+        if len(shards) > 1:
+            file = f'model-{n:05}-of-{len(shards):05}.safetensors'
+        # copies: safetensors refuses tensors that share memory, as rows of a fused weight do
+        shard = {name: next(tensors)[1].to(DTYPES[dtype], copy=True) for name in names}
         try:
-            save_file({name: next(tensors)[1].to(kind, copy=True) for name in names},
-                      folder / f'{file}.safetensors', {'format': 'pt'})
+            save_file(shard, folder / file, {'format': 'pt'})
         except SafetensorError as e:                               # a full disk, say
             raise ValueError(f'{folder}: {e}') from None
-        shutil.copymode(folder / 'config.json', folder / f'{file}.safetensors')     # it made 0600
-        index |= dict.fromkeys(names, f'{file}.safetensors')
-    if files[1:]:
+        # safetensors lets only the owner read its files
+        shutil.copymode(folder / 'config.json', folder / file)
+        index |= dict.fromkeys(names, file)
+    if len(shards) > 1:
         write_json(folder / 'model.safetensors.index.json',
-                   {'metadata': {'total_size': total}, 'weight_map': index})
+                   {'metadata': {'total_size': total_bytes}, 'weight_map': index})
+
+
+def last_validation(log, step):
+    """The last entry of a log before `step` that has validation losses, or None."""
+    last = None
+    if not log.exists():
+        return None
+    for line in log.read_text(encoding='utf-8').splitlines():
+        with suppress(ValueError, KeyError, TypeError):            # a line may be cut off by a kill
+            entry = json.loads(line)
+            if entry['val_losses'] and entry['step'] < step:
+                last = entry
+    return last
 
 
 def model_card(about, run):
     """README.md of an exported model: what it is, its scores, and how it was trained."""
-    c, last = about['config'], {}
-    local = ('data_dir', 'out_dir', 'init_from', 'reference', 'sources')
+    c = about['config']
     with torch.device('meta'):
         n = Xmodel(c).num_params()
-    what = (f'{n:,} parameters, {c.n_layer} layers of width {c.n_embd}, vocabulary '
-            f'{c.vocab_size:,}, after {about["step"]:,} steps, {about["tokens"]:,} tokens. '
-            'Written by nano-xmodel, after Xmodel-2.5 (arXiv 2511.19496).')
+    description = (f'{n:,} parameters, {c.n_layer} layers of width {c.n_embd}, vocabulary '
+                   f'{c.vocab_size:,}, after {about["step"]:,} steps, {about["tokens"]:,} tokens. '
+                   'Written by nano-xmodel, after Xmodel-2.5 (arXiv 2511.19496).')
     lines = ['---', 'library_name: transformers', 'pipeline_tag: text-generation', '---', '',
-             f'# {run.name}', '', what, '', '```python', 'from transformers import pipeline',
+             f'# {run.name}', '', description, '',
+             '```python', 'from transformers import pipeline',
              f"write = pipeline('text-generation', '{run.name}')            # this folder",
              "print(write('Once', max_new_tokens=50, do_sample=True, temperature=0.8, top_p=0.95))",
              '```', '']
-    log = run / 'log.jsonl'
-    for line in log.read_text(encoding='utf-8').splitlines() if log.exists() else ():
-        with suppress(ValueError, KeyError, TypeError):            # a line may be cut off by a kill
-            entry = json.loads(line)
-            last = entry if entry['val_losses'] and entry['step'] < about['step'] else last
+    last = last_validation(run / 'log.jsonl', about['step'])
     if last:
         lines += [f'After {last["step"] + 1:,} steps:', '',
-                  '| validation set | loss (nats a token) |', '| --- | --- |',
-                  *(f'| {name} | {loss:.4f} |' for name, loss in last['val_losses'].items()), '']
-    scores = Path(about['path']).with_suffix('.eval.md')           # eval.py's
-    lines += [scores.read_text(encoding='utf-8')] if scores.exists() else []
-    knobs = {k: v for k, v in (about['knobs'] or asdict(c)).items() if k not in local}
-    return '\n'.join([*lines, '```json', json.dumps(knobs, indent=1), '```', ''])
-
-
-def checkpoint_with_our_tokenizer(path):
-    """read_checkpoint, and the tokenizer.json to go with it; ValueError if it has its own."""
-    about = read_checkpoint(path)
-    if (own := Path(about['path']).with_name('tokenizer.json')).exists():
-        raise ValueError(f'{own}: with its own tokenizer a model is best taken from where it was '
-                         'imported; those of our tokenizer are written')
-    return about, tokenizer_json(about['config'].vocab_size)
+                  '| validation set | loss (nats a token) |', '| --- | --- |']
+        lines += [f'| {name} | {loss:.4f} |' for name, loss in last['val_losses'].items()]
+        lines.append('')
+    scores = Path(about['path']).with_suffix('.eval.md')           # written by eval.py
+    if scores.exists():
+        lines.append(scores.read_text(encoding='utf-8'))
+    local = ('data_dir', 'out_dir', 'init_from', 'reference', 'sources')
+    knobs = about['knobs'] or asdict(c)
+    knobs = {key: value for key, value in knobs.items() if key not in local}
+    lines += ['```json', json.dumps(knobs, indent=1), '```', '']
+    return '\n'.join(lines)
 
 
 def export(checkpoint, target):
-    """Write a checkpoint as a folder of Hugging Face's. ValueError in one line."""
-    about, tokens = checkpoint_with_our_tokenizer(checkpoint)
+    """Write a checkpoint as a folder in Hugging Face's format. ValueError in one line."""
+    about, tokenizer = checkpoint_with_our_tokenizer(checkpoint)
     c, path = about['config'], Path(about['path']).resolve()
-    config = hf_config(c, format) | {'dtype': str(DTYPES[dtype][0]).removeprefix('torch.')}
-    name = {t['id']: t['content'] for t in tokens['added_tokens']}
-    special = {f'{kind}_token': name[i]
-               for kind, i in (('bos', BOS_ID), ('eos', EOS_ID), ('pad', PAD_ID))}
+    config = hf_config(c, format)
+    config['dtype'] = str(DTYPES[dtype]).removeprefix('torch.')
+    ends = {key: config[key] for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
+    text_of = {token['id']: token['content'] for token in tokenizer['added_tokens']}
+    special = {'bos_token': text_of[BOS_ID], 'eos_token': text_of[EOS_ID],
+               'pad_token': text_of[PAD_ID]}
+    tokenizer_config = special | {
+        'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': c.block_size,
+        'add_bos_token': False, 'clean_up_tokenization_spaces': False,
+        'padding_side': 'left',                                    # for batches of prompts
+        'chat_template': CHAT_TEMPLATE}
     with new_path(target) as folder:
         folder.mkdir()
         write_json(folder / 'config.json', config)
-        write_json(folder / 'generation_config.json', {
-            key: config[key] for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')})
-        write_json(folder / 'tokenizer.json', tokens)
+        write_json(folder / 'generation_config.json', ends)
+        write_json(folder / 'tokenizer.json', tokenizer)
         write_json(folder / 'special_tokens_map.json', special)
-        write_json(folder / 'tokenizer_config.json', special | {
-            'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': c.block_size,
-            'add_bos_token': False, 'clean_up_tokenization_spaces': False,
-            'padding_side': 'left',                                # as many prompts at a time want
-            'chat_template': CHAT_TEMPLATE})
+        write_json(folder / 'tokenizer_config.json', tokenizer_config)
         (folder / 'README.md').write_text(model_card(about, path.parent), encoding='utf-8')
         write_weights(folder, about['model'], c, shard_gb * 1e9)
     print(f'{target}: {path}, step {about["step"]}, as {config["architectures"][0]} in {dtype}')
 
 
-def write_gguf(checkpoint, target):
-    """Write a checkpoint as one file for llama.cpp, in which our network is 'granite'.
+# --------------------------------------------------------------------------------------------------
+# Out to GGUF: one file for llama.cpp, which calls our network 'granite'
 
-    Its own converter knows a tokenizer by the ids of a test text, which a cut vocabulary does not
-    give; so the name, deepseek-v3, is written here. ValueError in one line.
+# dtype: (GGUF's type of a matrix, GGUF's type of a file)
+GGUF_TYPES = {'fp32': ('F32', 'ALL_F32'), 'fp16': ('F16', 'MOSTLY_F16'),
+              'bf16': ('BF16', 'MOSTLY_BF16'), 'q8_0': ('Q8_0', 'MOSTLY_Q8_0')}
+
+
+def add_network(file, c):
+    """The shape of the network and its four factors, in a GGUFWriter."""
+    config = hf_config(c)
+    file.add_block_count(c.n_layer)
+    file.add_context_length(c.block_size)
+    file.add_embedding_length(c.n_embd)
+    file.add_feed_forward_length(c.n_ffn)
+    file.add_head_count(c.n_head)
+    file.add_head_count_kv(c.n_kv_head)
+    file.add_layer_norm_rms_eps(c.norm_eps)
+    file.add_rope_freq_base(c.rope_theta)
+    file.add_rope_dimension_count(c.hd)
+    file.add_vocab_size(c.vocab_size)
+    file.add_embedding_scale(config['embedding_multiplier'])
+    file.add_attention_scale(config['attention_multiplier'])
+    file.add_residual_scale(config['residual_multiplier'])
+    file.add_logit_scale(config['logits_scaling'])
+
+
+def add_tokenizer(file, tokenizer, vocab_size):
+    """The tokenizer of a tokenizer.json, in a GGUFWriter.
+
+    llama.cpp's own converter recognises a pre-tokenizer by the ids of a test text. With a cut
+    vocabulary those differ, so its name, deepseek-v3, is written here.
     """
+    from gguf import TokenType
+    text_of = {i: token for token, i in tokenizer['model']['vocab'].items()}
+    type_of = dict.fromkeys(text_of, TokenType.NORMAL)
+    for token in tokenizer['added_tokens']:
+        text_of[token['id']] = token['content']
+        # USER_DEFINED is found in text, before anything else: the tokens around tool calls, say
+        type_of[token['id']] = TokenType.CONTROL if token['special'] else TokenType.USER_DEFINED
+    ids = range(vocab_size)                                        # the last ones may be padding
+    file.add_tokenizer_model('gpt2')
+    file.add_tokenizer_pre('deepseek-v3')
+    file.add_token_list([text_of.get(i, f'[PAD{i}]') for i in ids])
+    file.add_token_types([type_of.get(i, TokenType.UNUSED) for i in ids])
+    file.add_token_merges(tokenizer['model']['merges'])
+    file.add_bos_token_id(BOS_ID)
+    file.add_eos_token_id(EOS_ID)
+    file.add_pad_token_id(PAD_ID)
+    file.add_add_bos_token(False)
+    file.add_chat_template(CHAT_TEMPLATE)
+
+
+def add_weights(file, state, c):
+    """The tensors of a state dict, in a GGUFWriter."""
     import gguf
-    about, tokens = checkpoint_with_our_tokenizer(checkpoint)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GRANITE, c.n_layer)
+    matrix_type, _ = GGUF_TYPES[dtype]
+    for name, t in hf_state(state, c):
+        if name.endswith(('q_proj.weight', 'k_proj.weight')):
+            # RoPE: llama.cpp rotates neighbours, we (and Llama's tensors) channels i and i + hd/2
+            t = t.view(-1, 2, c.hd // 2, c.n_embd).transpose(1, 2).reshape(t.shape)
+        gguf_type = gguf.GGMLQuantizationType[matrix_type if t.dim() == 2 else 'F32']
+        values = gguf.quants.quantize(t.float().contiguous().numpy(), gguf_type)
+        file.add_tensor(names.get_name(name, ('.weight',)), values, raw_dtype=gguf_type)
+
+
+def write_gguf(checkpoint, target):
+    """Write a checkpoint as a GGUF file. ValueError in one line."""
+    import gguf
+    about, tokenizer = checkpoint_with_our_tokenizer(checkpoint)
     c, path = about['config'], Path(about['path']).resolve()
     if dtype == 'q8_0' and (c.n_embd % 32 or c.n_ffn % 32):
         raise ValueError('dtype=q8_0 wants n_embd and n_ffn to be multiples of 32')
-    _, kind, file_type = DTYPES[dtype]
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GRANITE, c.n_layer)
-    config = hf_config(c)
+    _, file_type = GGUF_TYPES[dtype]
     with new_path(target) as temporary:
         file = gguf.GGUFWriter(temporary, 'granite')
         file.add_name(path.parent.name)
         file.add_file_type(gguf.LlamaFileType[file_type])
         file.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        file.add_block_count(c.n_layer)
-        file.add_context_length(c.block_size)
-        file.add_embedding_length(c.n_embd)
-        file.add_feed_forward_length(c.n_ffn)
-        file.add_head_count(c.n_head)
-        file.add_head_count_kv(c.n_kv_head)
-        file.add_layer_norm_rms_eps(c.norm_eps)
-        file.add_rope_freq_base(c.rope_theta)
-        file.add_rope_dimension_count(c.hd)
-        file.add_vocab_size(c.vocab_size)
-        file.add_embedding_scale(config['embedding_multiplier'])
-        file.add_attention_scale(config['attention_multiplier'])
-        file.add_residual_scale(config['residual_multiplier'])
-        file.add_logit_scale(config['logits_scaling'])
-        file.add_tokenizer_model('gpt2')
-        file.add_tokenizer_pre('deepseek-v3')
-        text = {i: token for token, i in tokens['model']['vocab'].items()}
-        kinds = dict.fromkeys(text, gguf.TokenType.NORMAL)
-        for t in tokens['added_tokens']:
-            text[t['id']] = t['content']
-            # not special: text, in which it is found first, as the tokens around tool calls
-            kinds[t['id']] = gguf.TokenType.CONTROL if t['special'] else gguf.TokenType.USER_DEFINED
-        ids = range(c.vocab_size)                                  # the last ones may be padding
-        file.add_token_list([text.get(i, f'[PAD{i}]') for i in ids])
-        file.add_token_types([kinds.get(i, gguf.TokenType.UNUSED) for i in ids])
-        file.add_token_merges(tokens['model']['merges'])
-        file.add_bos_token_id(BOS_ID)
-        file.add_eos_token_id(EOS_ID)
-        file.add_pad_token_id(PAD_ID)
-        file.add_add_bos_token(False)
-        file.add_chat_template(CHAT_TEMPLATE)
-        for theirs, t in tensors_of(about['model'], c):
-            if theirs.endswith(('q_proj.weight', 'k_proj.weight')):
-                # llama.cpp rotates neighbours, we (and Llama's tensors) channels i and i + hd/2
-                t = t.view(-1, 2, c.hd // 2, c.n_embd).transpose(1, 2).reshape(t.shape)
-            want = gguf.GGMLQuantizationType[kind if t.dim() == 2 else 'F32']    # norms stay exact
-            file.add_tensor(names.get_name(theirs, ('.weight',)),
-                            gguf.quants.quantize(t.float().contiguous().numpy(), want),
-                            raw_dtype=want)
+        add_network(file, c)
+        add_tokenizer(file, tokenizer, c.vocab_size)
+        add_weights(file, about['model'], c)
         file.write_header_to_file()
         file.write_kv_data_to_file()
         file.write_tensors_to_file()
@@ -360,7 +452,7 @@ def write_gguf(checkpoint, target):
 
 
 # --------------------------------------------------------------------------------------------------
-# In
+# In from Hugging Face's format
 
 def read_json(path):
     """The object in a JSON file; ValueError names the file."""
@@ -381,22 +473,23 @@ def read_weights(folder):
     files = sorted(folder.glob('*.safetensors')) or sorted(folder.glob('pytorch_model*.bin'))
     if not files:
         raise ValueError(f'{folder} holds no weights (*.safetensors, pytorch_model*.bin)')
-    found = {}
+    readers = {}
     for file in files:
         try:
             if file.suffix == '.bin':
                 tensors = torch.load(file, map_location='cpu', weights_only=True)
-                here = {name: t.clone for name, t in tensors.items()}
+                of_file = {name: t.clone for name, t in tensors.items()}
             else:
                 f = safe_open(file, 'pt')
-                here = {name: partial(f.get_tensor, name) for name in f.keys()}  # noqa: SIM118
+                of_file = {name: partial(f.get_tensor, name) for name in f.keys()}  # noqa: SIM118
         except Exception as e:  # noqa: BLE001                     (both raise many kinds)
             raise ValueError(f'{file} is damaged, or no file of weights '
                              f'({type(e).__name__})') from None
-        if twice := found.keys() & here.keys():
+        twice = readers.keys() & of_file.keys()
+        if twice:
             raise ValueError(f'{file} has {min(twice)}, as another file of the folder has')
-        found |= here
-    return found
+        readers |= of_file
+    return readers
 
 
 def own_tokenizer(folder, vocab_size):
@@ -407,15 +500,68 @@ def own_tokenizer(folder, vocab_size):
             raise ValueError(f'{folder} has a tokenizer.model alone; a tokenizer.json is wanted')
         return None
     model = read_json(file).get('model')
-    ours = SMALLEST <= vocab_size <= PADDED and tokenizer_json(vocab_size)['model']['vocab']
-    if isinstance(model, dict) and model.get('vocab') == ours:
-        return None
-    OtherTokenizer(file, vocab_size)                               # which raises what is wrong
+    if isinstance(model, dict) and SMALLEST <= vocab_size <= PADDED:
+        ours = tokenizer_json(vocab_size)['model']['vocab']
+        if model.get('vocab') == ours:
+            return None
+    OtherTokenizer(file, vocab_size)                               # raises ValueError if unreadable
     return file
 
 
+def check_tensors(folder, readers, wanted):
+    """ValueError if a folder's tensors are not those wanted, but for what Llama may add to them."""
+    missing = wanted - readers.keys()
+    if missing:
+        raise ValueError(f'{folder} lacks the tensor {min(missing)}')
+    for name in sorted(readers.keys() - wanted):
+        if name == 'lm_head.weight':
+            if not torch.equal(readers[name](), readers['model.embed_tokens.weight']()):
+                raise ValueError(f'{folder}: lm_head.weight differs from '
+                                 'model.embed_tokens.weight; our network has one for both')
+        elif not name.endswith('rotary_emb.inv_freq'):             # which older Llamas stored
+            raise ValueError(f'{folder}: our network has no tensor {name}')
+
+
+def read_state(folder, c):
+    """The state dict of Xmodel(c), in fp32, from the weight files of a folder."""
+    readers = read_weights(folder)
+    tensors = hf_tensors(c)
+    check_tensors(folder, readers, {name for _, name, _, _ in tensors})
+    with torch.device('meta'):
+        shapes = {name: p.shape for name, p in Xmodel(c).named_parameters()}
+    state = {}
+    for ours, name, rows, shape in tqdm(tensors, unit='tensor', disable=None):
+        t = readers[name]()
+        if tuple(t.shape) != shape:
+            raise ValueError(f'{folder}: {name} is {tuple(t.shape)}, by config.json {shape}')
+        if ours not in state:
+            state[ours] = torch.empty(shapes[ours])
+        state[ours][rows] = t
+    return state
+
+
+def ends_of_text(folder, config, vocab_size):
+    """{'eos_ids': ids that end a text, 'bos_id': the id that begins one, or None} of a model."""
+    generation_config = folder / 'generation_config.json'
+    eos = config.get('eos_token_id')
+    if generation_config.exists():
+        eos = read_json(generation_config).get('eos_token_id', eos)
+    if eos is None:
+        eos = []
+    elif not isinstance(eos, list):
+        eos = [eos]
+    bos = config.get('bos_token_id')
+    ids = list(eos)
+    if bos is not None:
+        ids.append(bos)
+    for i in ids:
+        if type(i) is not int or not 0 <= i < vocab_size:
+            raise ValueError(f'{folder}: {i!r} is no id of a token that begins or ends a text')
+    return {'eos_ids': eos, 'bos_id': bos}
+
+
 def from_huggingface(folder, target):
-    """Write a folder of Hugging Face's as the run folder target: step_0.pt, and shape.py."""
+    """Write a folder in Hugging Face's format as the run folder target: step_0.pt, and shape.py."""
     if not folder.is_dir():
         raise ValueError(f'{folder} is no folder; one with config.json and weights is wanted')
     config = read_json(folder / 'config.json')
@@ -423,51 +569,34 @@ def from_huggingface(folder, target):
         c = our_config(config)
     except (ValueError, AttributeError, TypeError, OverflowError) as e:
         raise ValueError(f'{folder}/config.json: {e}') from None
-    own = own_tokenizer(folder, c.vocab_size)
-    found, state = read_weights(folder), {}
-    theirs = hf_tensors(c)
-    wanted = {name for _, name, _, _ in theirs}
-    if missing := wanted - found.keys():
-        raise ValueError(f'{folder} lacks the tensor {min(missing)}')
-    for name in sorted(found.keys() - wanted):
-        if name == 'lm_head.weight':
-            if not torch.equal(found[name](), found['model.embed_tokens.weight']()):
-                raise ValueError(f'{folder}: lm_head.weight differs from '
-                                 'model.embed_tokens.weight; our network has one for both')
-        elif not name.endswith('rotary_emb.inv_freq'):             # which older Llamas stored
-            raise ValueError(f'{folder}: our network has no tensor {name}')
-    with torch.device('meta'):
-        shapes = {name: p.shape for name, p in Xmodel(c).named_parameters()}
-    for ours, name, rows, shape in tqdm(theirs, unit='tensor', disable=None):
-        t = found[name]()
-        if tuple(t.shape) != shape:
-            raise ValueError(f'{folder}: {name} is {tuple(t.shape)}, by config.json {shape}')
-        if ours not in state:
-            state[ours] = torch.empty(shapes[ours])
-        state[ours][rows] = t
-    about = {'config': asdict(c), 'model': state}
-    if own:                                                        # ours has BOS_ID and EOS_ID
-        there = folder / 'generation_config.json'
-        ends = (read_json(there) if there.exists() else {}).get('eos_token_id',
-                                                                config.get('eos_token_id'))
-        about['eos_ids'] = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        about['bos_id'] = config.get('bos_token_id')
-        for i in (*about['eos_ids'], *([] if about['bos_id'] is None else [about['bos_id']])):
-            if type(i) is not int or not 0 <= i < c.vocab_size:
-                raise ValueError(f'{folder}: {i!r} is no id of a token that begins or ends a text')
+    tokenizer = own_tokenizer(folder, c.vocab_size)
+    state = read_state(folder, c)
+    checkpoint = {'config': asdict(c), 'model': state}
+    if tokenizer:                                      # with ours, BOS_ID and EOS_ID are the ends
+        checkpoint |= ends_of_text(folder, config, c.vocab_size)
+    shape = ('# The forward pass is the imported one. Which learning rates suit it is not known:\n'
+             '# mup_rules, mup_base_width and init_std are what training takes them to be.\n')
+    for key, value in asdict(c).items():
+        if key != 'block_size':
+            shape += f'{key} = {value!r}\n'
     with new_path(target) as run:
         run.mkdir()
-        replace_file(run / 'step_0.pt', lambda f: torch.save(about, f))
-        (run / 'shape.py').write_text(                             # a config file for train.py
-            '# The forward pass is the imported one. Which learning rates suit it is not known:\n'
-            '# mup_rules, mup_base_width and init_std are what training takes them to be.\n'
-            + ''.join(f'{k} = {v!r}\n' for k, v in asdict(c).items() if k != 'block_size'))
-        if own:
-            shutil.copy(own, run)
-    print(f'{target}/step_0.pt: {sum(t.numel() for t in state.values()):,} parameters, '
-          + ('with a tokenizer of its own' if own else "with Xmodel's tokenizer"
-             + ('' if (folder / 'tokenizer.json').exists() else ', as none came with it')))
+        replace_file(run / 'step_0.pt', lambda f: torch.save(checkpoint, f))
+        (run / 'shape.py').write_text(shape)                       # a config file for train.py
+        if tokenizer:
+            shutil.copy(tokenizer, run)
+    if tokenizer:
+        which = 'with a tokenizer of its own'
+    elif (folder / 'tokenizer.json').exists():
+        which = "with Xmodel's tokenizer"
+    else:
+        which = "with Xmodel's tokenizer, as none came with it"
+    n = sum(t.numel() for t in state.values())
+    print(f'{target}/step_0.pt: {n:,} parameters, {which}')
 
+
+# --------------------------------------------------------------------------------------------------
+# The script
 
 def main():
     if not source or not target:
@@ -478,7 +607,7 @@ def main():
         fail('--from_hf takes weights as they are: without --format and --dtype')
     if dtype == 'q8_0' and format != 'gguf':
         fail(f'dtype=q8_0 is for format=gguf, not for {format}')
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))       # so that nothing half-made stays
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))       # so that new_path cleans up
     try:
         if Path(target).exists():
             fail(f'{target} exists already; name a new one')

@@ -1,10 +1,11 @@
-"""Generation: a prompt in, one more token a step, as sample.py, eval.py and harness.py need it.
+"""Generation: a prompt in, one more token a step.
 
     rows = complete(model, tokenizer, [ids, ids], 100, stop_ids=[EOS_ID], temperature=0.0)
 
 Each layer keeps the keys and values of all tokens so far (KV cache), so a step reads one new token.
-It does little arithmetic then: its time is that of reading every weight once, and of starting some
-thirty operations a layer. Hence the products on all cores, room made beforehand, and compilation.
+A step is little arithmetic. Its time goes into reading every weight once, and into starting some
+thirty operations a layer. So here products run on all cores, the cache is allocated beforehand, and
+a step can be compiled.
 """
 import math
 
@@ -25,9 +26,9 @@ SLICES = max(8, 1 << (torch.get_num_threads() - 1).bit_length())
 class SlicedLinear(nn.Linear):
     """A linear that multiplies few rows on all cores.
 
-    A new token is one row, and a product takes as long as reading the weight. BLAS does that on
-    one core (here 14 ms for the proxy's 80 MB); a batch of products, with a slice of the weight
-    each, it shares out (8 ms on two cores).
+    A new token is one row, and its product takes as long as reading the weight. BLAS does that on
+    one core (14 ms for the proxy's 80 MB). A batch of products, each with a slice of the weight, it
+    spreads over all cores (8 ms on two).
     """
 
     def forward(self, x):
@@ -36,22 +37,27 @@ class SlicedLinear(nn.Linear):
 
 def sliced_linear(x, weight):
     """x (..., K), weight (N, K) -> (..., N)."""
-    (N, K), rows = weight.shape, x.numel() // weight.size(1)
+    N, K = weight.shape
+    rows = x.numel() // K
     if x.device.type != 'cpu' or rows > 16 or N % SLICES:
         return F.linear(x, weight)
-    y = torch.bmm(x.reshape(1, rows, K).expand(SLICES, rows, K),
-                  weight.view(SLICES, N // SLICES, K).mT)
-    return y.transpose(0, 1).reshape(*x.shape[:-1], N)             # (SLICES, rows, ...) -> (..., N)
+    copies = x.reshape(1, rows, K).expand(SLICES, rows, K)         # takes no memory
+    slices = weight.view(SLICES, N // SLICES, K)
+    y = torch.bmm(copies, slices.mT)                               # (SLICES, rows, N / SLICES)
+    return y.transpose(0, 1).reshape(*x.shape[:-1], N)
 
 
 class KVCache:
     """One layer's keys and values, k and v (B, n_kv_head, max_len, hd), of B texts."""
 
     def __init__(self, model, B, max_len):
-        c, like = model.config, model.embed.weight
-        # not empty: attention gives a masked column the weight 0, and 0 x NaN is NaN
-        self.k, self.v = (like.new_zeros(B, c.n_kv_head, max_len, c.hd) for _ in range(2))
-        self.at, self.seen = None, 0                   # set by whoever runs the model: see append
+        c = model.config
+        shape = B, c.n_kv_head, max_len, c.hd
+        # zeros, not empty: attention gives a masked column the weight 0, and 0 x NaN is NaN
+        self.k = model.embed.weight.new_zeros(shape)
+        self.v = model.embed.weight.new_zeros(shape)
+        # set before each pass: the columns to write (see append), and how many are read
+        self.at, self.seen = None, 0
 
     def append(self, k, v):
         """Put k, v (B, n_kv_head, T, hd) into columns `at` (T,); returns the first `seen` ones."""
@@ -64,47 +70,58 @@ class Decoder:
     """A model with the keys and values of B texts, padded on the left, by pad (B,), to one length.
 
     decoder(idx) reads their next T ids, (B, T), and returns the logits after the last, (B, V).
-    The model's linears become SlicedLinear for good: the class alone changes, not the weights.
+    The model's linears stay SlicedLinear afterwards: only the class changes, not the weights.
     """
 
     def __init__(self, model, pad, compiled=False):
         self.model, self.pad, self.padded = model, pad, bool(pad.any())
-        self.compiled_pass = torch.compile(one_pass, dynamic=False, fullgraph=True) \
-            if compiled else None
-        self.caches, self.max_len, self.end = [], 0, 0             # end: columns that hold a token
+        self.compiled_pass = None
+        if compiled:
+            self.compiled_pass = torch.compile(one_pass, dynamic=False, fullgraph=True)
+        self.caches = []                                           # one a layer
+        self.max_len = 0                                           # columns of each
+        self.end = 0                                               # of them hold a token
         self.one_column = torch.zeros(1, dtype=torch.long, device=pad.device)
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = SlicedLinear
 
     def reserve(self, max_len):
-        """Make room for max_len tokens, and keep what is there: so no step has to allocate.
+        """Make room for max_len tokens beforehand, so that no step allocates; keeps what was read.
 
-        Sizes are few, as each compiles a step of its own; a chat, which grows by turns, doubles.
+        The length is a multiple of 256, or twice the old one (a chat grows by turns): each length
+        compiles a step of its own, so there should be few.
         """
         if max_len <= self.max_len:
             return
-        self.max_len = max(-(-max_len // 256) * 256, 2 * self.max_len)
+        multiple_of_256 = math.ceil(max_len / 256) * 256
+        self.max_len = max(multiple_of_256, 2 * self.max_len)
         self.keys = torch.arange(self.max_len, device=self.pad.device)          # all columns
-        old, self.caches = self.caches, [KVCache(self.model, len(self.pad), self.max_len)
-                                         for _ in self.model.blocks]
-        for new, there in zip(self.caches, old):
-            new.k[:, :, :self.end] = there.k[:, :, :self.end]
-            new.v[:, :, :self.end] = there.v[:, :, :self.end]
+        existing = self.caches
+        self.caches = [KVCache(self.model, len(self.pad), self.max_len)
+                       for _ in self.model.blocks]
+        for new, old in zip(self.caches, existing):
+            new.k[:, :, :self.end] = old.k[:, :, :self.end]
+            new.v[:, :, :self.end] = old.v[:, :, :self.end]
 
     @torch.no_grad()
     def __call__(self, idx):
         T, first = idx.size(1), self.end
         self.reserve(first + T)
         self.end = first + T
+        at = self.keys[first:self.end]
+        if T == 1:
+            at = self.one_column.fill_(first)                      # the same memory each time
         # a compiled step has the same shapes each time: it reads all columns, and masks most
-        static = self.compiled_pass is not None and T == 1
-        at = self.one_column.fill_(first) if T == 1 else self.keys[first:self.end]
+        run_pass, seen = one_pass, self.end
+        if self.compiled_pass is not None and T == 1:
+            run_pass, seen = self.compiled_pass, self.max_len
         for cache in self.caches:
-            cache.at, cache.seen = at, self.max_len if static else self.end
-        keys = self.keys[:self.caches[0].seen] if first or self.padded or static else None
-        step = self.compiled_pass if static else one_pass
-        return step(self.model, self.caches, idx, at, self.pad, keys)
+            cache.at, cache.seen = at, seen
+        keys = None                                                # causal over idx alone
+        if first or self.padded or run_pass is not one_pass:
+            keys = self.keys[:seen]
+        return run_pass(self.model, self.caches, idx, at, self.pad, keys)
 
 
 def one_pass(model, caches, idx, at, pad, keys):
@@ -131,20 +148,26 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
              generator=None, done=None, decoder=None, compiled=False):
     """Continue B prompts, non-empty lists of token ids of any lengths.
 
-    Yields a step's (ids (B,), their natural log-probabilities (B,), before temperature, top_k and
-    top_p). temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole. A row that
-    has met one of stop_ids, or that the caller marks in done (B,) bool, changed in place, repeats
-    its last token; generation ends when all rows have. decoder: a Decoder that has read what comes
-    before `prompts`, which are then of one length; `compiled` is its own. FloatingPointError: the
-    logits are not finite.
+    Yields for each step (ids (B,), their natural log-probabilities (B,)); the latter are the
+    model's own, before temperature, top_k and top_p. temperature 0 is greedy; top_k 0 and top_p 1
+    leave the distribution whole.
+
+    A row that has met one of stop_ids repeats its last token, as does one that the caller marks in
+    done (B,), bool, which is changed in place. Generation ends when all rows are done.
+
+    decoder: a Decoder that has read what comes before `prompts`, which then have one length; it was
+    compiled or not when it was made. FloatingPointError: the logits are not finite.
     """
     device = model.embed.weight.device
-    P, stops = max(map(len, prompts)), torch.tensor(stop_ids, dtype=torch.long, device=device)
-    idx = torch.tensor([[0] * (P - len(p)) + list(p) for p in prompts], device=device)  # (B, P)
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=device) if done is None else done
+    P = max(map(len, prompts))
+    stops = torch.tensor(stop_ids, dtype=torch.long, device=device)
+    n_padding = [P - len(ids) for ids in prompts]                               # on the left
+    padded = [[0] * n + list(ids) for n, ids in zip(n_padding, prompts)]
+    idx = torch.tensor(padded, device=device)                                   # (B, P)
+    if done is None:
+        done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     if decoder is None:
-        pad = torch.tensor([P - len(p) for p in prompts], device=device)        # (B,), on the left
-        decoder = Decoder(model, pad, compiled)
+        decoder = Decoder(model, torch.tensor(n_padding, device=device), compiled)
     decoder.reserve(decoder.end + P + max_new_tokens)
     token = idx[:, -1]
     for _ in range(max_new_tokens):
@@ -163,8 +186,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
 
 
 def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """logits (B, vocab_size) -> ids (B,), of the top_k likeliest and those making up mass top_p."""
-    if min(temperature, top_p) < 1e-6:                # one token is left; 0 is no divisor
+    """logits (B, vocab_size) -> ids (B,), drawn from the top_k likeliest within the mass top_p."""
+    if min(temperature, top_p) < 1e-6:                # greedy; and temperature 0 is no divisor
         return logits.argmax(-1)
     logits, ids = (logits / temperature).sort(descending=True)     # (B, vocab_size) each
     if top_k:
@@ -178,16 +201,18 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 class Continuation:
     """The text of one sample while its tokens arrive, up to a stop string or an end-of-text id.
 
-    text, ids as drawn, their logprobs, and finish: 'eos', 'stop' or 'length', None before the end.
+    text; ids as drawn; their logprobs; finish: 'eos', 'stop' or 'length', None before the end.
     """
 
     def __init__(self, tokenizer, prompt_ids, stop=(), stop_ids=()):
-        self.tokenizer, self.stop, self.stop_ids = tokenizer, [s for s in stop if s], set(stop_ids)
-        # A token may end mid-character, and its text depend on the one before it. So
-        # context[start:] is decoded, and what context[start:end], which is in text, gives is cut.
-        self.context, self.start, self.end = list(prompt_ids), 0, len(prompt_ids)
+        self.tokenizer = tokenizer
+        self.stop = [s for s in stop if s]
+        self.stop_ids = set(stop_ids)
         self.ids, self.logprobs, self.text, self.finish = [], [], '', None
-        self.n_streamed = 0
+        # A token may end mid-character, and its text may depend on the token before it. So
+        # context[start:] is decoded together; what context[start:end] gives is in text already.
+        self.context, self.start, self.end = list(prompt_ids), 0, len(prompt_ids)
+        self.n_streamed = 0                                        # characters
 
     def add(self, token, logprob):
         """Take in one more id, unless the sample has ended."""
@@ -203,14 +228,18 @@ class Continuation:
             self.add_text(whole=True)
 
     def add_text(self, whole=False):
-        """Add the text of context[end:]; whole: unless it ends in the midst of a character."""
-        text = self.tokenizer.decode(self.context[self.start:])
-        if self.end == len(self.context) or whole and text.endswith('\ufffd'):
+        """Add the text of context[end:]; whole: only if it does not end mid-character."""
+        if self.end == len(self.context):
             return
-        self.text += text[len(self.tokenizer.decode(self.context[self.start:self.end])):]
+        text = self.tokenizer.decode(self.context[self.start:])
+        if whole and text.endswith('\ufffd'):
+            return
+        in_text = self.tokenizer.decode(self.context[self.start:self.end])
+        self.text += text[len(in_text):]
         self.start, self.end = self.end, len(self.context)
-        if found := [self.text.find(s) for s in self.stop if s in self.text]:
-            self.text, self.finish = self.text[:min(found)], 'stop'
+        places = [self.text.find(s) for s in self.stop if s in self.text]
+        if places:
+            self.text, self.finish = self.text[:min(places)], 'stop'
 
     def close(self):
         """No more tokens come."""
@@ -219,19 +248,27 @@ class Continuation:
             self.finish = self.finish or 'length'
 
     def unstreamed(self):
-        """Text not yet returned by this, but for an end of it that could begin a stop string."""
-        held = 0 if self.finish else max((n for s in self.stop for n in range(1, len(s))
-                                          if self.text.endswith(s[:n])), default=0)
-        new = self.text[self.n_streamed:len(self.text) - held]
+        """Text that this has not returned yet, but for an end that could begin a stop string."""
+        n_held = 0 if self.finish else self.begun_stop()
+        new = self.text[self.n_streamed:len(self.text) - n_held]
         self.n_streamed += len(new)
         return new
+
+    def begun_stop(self):
+        """How many characters at the end of text are the beginning of a stop string."""
+        longest = 0
+        for stop in self.stop:
+            for n in range(1, len(stop)):
+                if self.text.endswith(stop[:n]):
+                    longest = max(longest, n)
+        return longest
 
 
 def complete(model, tokenizer, prompts, max_new_tokens, stop=(), stop_ids=(), on_text=None,
              **sampling):
     """The Continuations of B prompts, lists of ids.
 
-    on_text(text) is given the first row's text as it grows. sampling: other arguments of generate.
+    on_text is called with each new piece of the first row's text. sampling: see generate.
     """
     rows = [Continuation(tokenizer, ids, stop, stop_ids) for ids in prompts]
     done = torch.zeros(len(rows), dtype=torch.bool, device=model.embed.weight.device)
@@ -251,4 +288,7 @@ def complete(model, tokenizer, prompts, max_new_tokens, stop=(), stop_ids=(), on
 
 def common_prefix(a, b):
     """How many elements two sequences share at their beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    for i, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return i
+    return min(len(a), len(b))

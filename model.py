@@ -1,23 +1,40 @@
-"""The Xmodel-2.5 network (arXiv 2511.19496, sec. 2) with µP: a decoder-only transformer of pre-norm
-blocks, RMSNorm, rotary positions, grouped-query attention, SwiGLU, one matrix for input and output.
+"""The Xmodel-2.5 network (arXiv 2511.19496, sec. 2) and µP, which carries settings across widths.
+
+The network is a decoder-only transformer: pre-norm blocks, RMSNorm, rotary positions (RoPE),
+grouped-query attention, SwiGLU, and one matrix for the input embedding and the output.
 
 µP (maximal update parametrisation, Tensor Programs V, arXiv 2203.03466) answers one question: how
-must init, multipliers and Adam's learning rates change with width so that every activation moves by
-the same amount in a step, whatever the width? Where they do, a learning rate found on a 256-wide
-proxy is the right one at width 1536. All of its rules stand in `mup_table`; init, forward pass and
-optimizer groups read them there.
+must init, multipliers and Adam's learning rates change with width, so that one step moves every
+activation by the same amount at any width? If they do, a learning rate tuned on a proxy 256 wide is
+also right at width 1536. With init_std 0.1, learning_rate 0.01 and heads of 64:
 
-    python model.py        # the table, and the parameters of the 1.3B model
+    width C                                                 256       1536
+    width multiplier m = C / 256                              1          6
+    init std of a hidden matrix: 0.1 / sqrt(m)              0.1     0.0408
+        its output starts at a size of std · sqrt(C) =      1.6        1.6
+    AdamW's lr for it: 0.01 / m                            0.01    0.00167
+        a step moves its output by up to lr · C =          2.56       2.56
+    the logits are multiplied by 1 / m                        1      0.167
+    q·k is multiplied by 1 / head size                   0.0156     0.0156
+
+(for inputs of size 1, which RMSNorm sees to; the wider model has more heads, not larger ones).
+Init, forward pass and optimizer groups read all rules in `mup_table`, which is `textbook` below
+unless the config says otherwise.
+
+    python model.py        # all rules at both widths, and the parameters of the 1.3B model
 """
 import math
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+# A larger model is a typing error: it is refused before anything is allocated.
+LARGEST = {'n_layer': 2**10, 'n_embd': 2**20, 'n_ffn': 2**22, 'vocab_size': 2**24,
+           'block_size': 2**24}
 
 
 @dataclass(frozen=True)
@@ -38,13 +55,17 @@ class XmodelConfig:
     attention_scale: float = 1.0  # q·k times attention_scale / hd; others' models need not have 1
     init_std: float = 0.1
     mup_rules: str = 'textbook'  # 'textbook' | 'authors' | 'sp', see mup_table
-    mup_break: str = ''          # one rule of µP to break, to see what it is for: see mup_table
+    mup_break: str = ''          # one rule of µP to break, to see what it is for: see broken_rules
     muon_lr_scaling: str = '1/sqrt(m)'  # '1/m' | '1/sqrt(m)' | 'const': Muon's lr across widths
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not isinstance(value, str) and not 0 < value < math.inf:
+            if isinstance(value, str):
+                continue
+            if not 0 < value < math.inf:
                 raise ValueError(f'{name}={value} should be above 0, and finite')
+            if name in LARGEST and value > LARGEST[name]:
+                raise ValueError(f'{name}={value} should be at most {LARGEST[name]}')
         for part, whole in (('n_head', 'n_embd'), ('n_kv_head', 'n_head')):
             a, b = getattr(self, part), getattr(self, whole)
             if b % a:
@@ -53,7 +74,7 @@ class XmodelConfig:
             raise ValueError(f'head size n_embd / n_head = {self.hd} is odd; RoPE rotates pairs')
         if self.mup_rules not in ('textbook', 'authors', 'sp'):
             raise ValueError(f"mup_rules={self.mup_rules!r} is not 'textbook', 'authors' or 'sp'")
-        mup_table(self)                                            # refuses what it does not know
+        mup_table(self)                                    # checks mup_break and muon_lr_scaling
 
     @property
     def hd(self):
@@ -62,83 +83,132 @@ class XmodelConfig:
 
 
 # --------------------------------------------------------------------------------------------------
-# µP: one table
+# µP by the textbook
 
 class Rule(NamedTuple):
     """What µP prescribes for one role in the network; None where the role has no such thing."""
-    init_std: float | None       # std of the normal init (a gain starts at exactly 1)
-    multiplier: float | None     # factor in the forward pass
-    lr_knob: str | None          # which learning rate it follows: 'learning_rate' or 'embedding_lr'
-    lr_mult: float | None        # factor on that learning rate, under AdamW
-    muon_lr_mult: float | None   # the same where Muon has taken over
-    weight_decay: bool | None
+    init_std: float | None = None      # std of the normal init (a gain starts at exactly 1)
+    multiplier: float | None = None    # factor in the forward pass
+    lr_knob: str | None = None         # the learning rate it has: 'learning_rate', 'embedding_lr'
+    lr_mult: float | None = None       # factor on that learning rate, under AdamW
+    muon_lr_mult: float | None = None  # the same for a matrix that Muon trains
+    weight_decay: bool | None = None
 
 
-def mup_table(c):
-    """role -> Rule for an XmodelConfig, by its mup_rules.
+def textbook(c):
+    """role -> Rule by Tensor Programs V, table 8 (Adam), with the embedding tied to the output.
 
-    Why: Adam moves every weight by about lr. A matrix sums over the width: independent terms at
-    init (so std 1/sqrt(m)), aligned ones in an update (so lr 1/m). An embedding row is looked up
-    alone: nothing scales. q·k and the logits sum what comes to be aligned: 1/hd and 1/m, no root.
-    Muon's update has a spectral norm of 0.2 lr sqrt(max(rows, cols)), so activations move by
-    lr sqrt(m): its lr goes as 1/sqrt(m) (`python coord_check.py --optimizer=muon`).
-
-    'textbook' is Tensor Programs V, table 8 (Adam), with the embedding tied to the output. Of depth
-    it has 1/sqrt(L) on residual branches, as in Tensor Programs VI (arXiv 2310.02244), but not its
-    1/sqrt(L) on the learning rate, and GPT-2's 1/sqrt(2 L) in the init of a branch's last matrix.
-    'authors' is Xmodel-2.5's released code: two of the textbook's rules broken, which changes
-    nothing at the base width (m = 1). 'sp' is standard parametrisation, with nanoGPT's init.
-    mup_break breaks one rule more, named in `broken`. m is every matrix's, so n_ffn and n_kv_head
-    should grow with n_embd. Weight decay follows the learning rate, so it falls as 1/m on matrices.
+    All matrices have one width multiplier, m: n_ffn and n_kv_head should grow with n_embd. The
+    optimizer multiplies weight decay by the learning rate, so on matrices it falls with m, too.
     """
-    m = c.n_embd / c.mup_base_width                     # width multiplier, 6 for the 1.3B model
-    L, std, lr, emb = c.n_layer, c.init_std, 'learning_rate', 'embedding_lr'
-    branch, attention = c.residual_scale / math.sqrt(L), c.attention_scale / c.hd
-    muon = {'1/m': 1 / m, '1/sqrt(m)': 1 / math.sqrt(m), 'const': 1}.get(c.muon_lr_scaling)
-    textbook = {
-        #                  init std                  multiplier          lr knob, lr, Muon's, decay
-        'embedding':  Rule(std,                      c.input_scale,      emb,  1,   None,  True),
-        'matrix':     Rule(std / math.sqrt(m),       None,               lr, 1 / m, muon,  True),
-        'branch_out': Rule(std / math.sqrt(2*L * m), branch,             lr, 1 / m, muon,  True),
-        'gain':       Rule(None,                     None,               lr,   1,   None,  False),
-        'attention':  Rule(None,                     attention,          None, None, None, None),
-        'logits':     Rule(None,                     c.output_scale / m, None, None, None, None),
+    m = c.n_embd / c.mup_base_width                # 6 for the 1.3B model
+    L = c.n_layer
+    std = c.init_std
+    return {
+        # One row of the embedding is looked up. Nothing is summed over the width: nothing scales.
+        'embedding': Rule(init_std=std, multiplier=c.input_scale,
+                          lr_knob='embedding_lr', lr_mult=1, weight_decay=True),
+        # q, k, v, gate and up sum over the width. At init the terms are independent and their sum
+        # grows as sqrt(m): so std 1/sqrt(m). Adam moves each weight by about lr, with the sign of
+        # its gradient; then the terms have one sign and their sum grows as m: so lr 1/m.
+        'matrix': Rule(init_std=std / math.sqrt(m),
+                       lr_knob='learning_rate', lr_mult=1 / m, muon_lr_mult=muon_factor(c),
+                       weight_decay=True),
+        # Attention's out and the FFN's down are such matrices, and end a residual branch. Branches
+        # add up with depth: 1/sqrt(L) on each is depth-µP (Tensor Programs VI, arXiv 2310.02244,
+        # without its 1/sqrt(L) on the learning rate), 1/sqrt(2 L) in the init is GPT-2's.
+        'branch_out': Rule(init_std=std / math.sqrt(2 * L * m),
+                           multiplier=c.residual_scale / math.sqrt(L),
+                           lr_knob='learning_rate', lr_mult=1 / m, muon_lr_mult=muon_factor(c),
+                           weight_decay=True),
+        # A norm's gain multiplies features one by one: no sum, nothing scales.
+        'gain': Rule(lr_knob='learning_rate', lr_mult=1, weight_decay=False),
+        # Training aligns q with k, and a sum of aligned terms grows as hd: so 1/hd, no square root.
+        'attention': Rule(multiplier=c.attention_scale / c.hd),
+        # Training aligns the last activations with the rows of the embedding, too: so 1/m.
+        'logits': Rule(multiplier=c.output_scale / m),
     }
-    broken = {
-        'init_out':       {'branch_out': {'init_std': std / math.sqrt(2*L)}},
+
+
+def muon_factor(c):
+    """Factor on Muon's learning rate, by muon_lr_scaling.
+
+    Muon's update has a spectral norm of 0.2 lr sqrt(max(rows, cols)), so activations move by
+    lr sqrt(m), which 1/sqrt(m) undoes (`python -m lab.coord_check --optimizer=muon`).
+    """
+    m = c.n_embd / c.mup_base_width
+    factors = {'1/m': 1 / m, '1/sqrt(m)': 1 / math.sqrt(m), 'const': 1}
+    if c.muon_lr_scaling not in factors:
+        raise ValueError(f"muon_lr_scaling={c.muon_lr_scaling!r} is not '1/m', '1/sqrt(m)' or "
+                         "'const'")
+    return factors[c.muon_lr_scaling]
+
+
+# --------------------------------------------------------------------------------------------------
+# µP broken or replaced
+
+def broken_rules(c):
+    """Name of a rule -> the entries of the textbook's table without that rule: {role: {field: x}}.
+
+    `python -m lab.coord_check --break=NAME` shows what each rule is for.
+    """
+    m = c.n_embd / c.mup_base_width
+    std = c.init_std
+    return {
+        'init_out':       {'branch_out': {'init_std': std / math.sqrt(2 * c.n_layer)}},
         'gain_lr':        {'gain': {'lr_mult': 1 / m}},
         'lr_hidden':      {'matrix': {'lr_mult': 1}, 'branch_out': {'lr_mult': 1}},
         'embedding_lr':   {'embedding': {'lr_mult': 1 / m}},
         'logits':         {'logits': {'multiplier': c.output_scale}},
+        # a square root, and a constant: both are the textbook's 1/hd at heads of 64
         'attn_scale':     {'attention': {'multiplier': 1 / math.sqrt(64 * c.hd)}},
-        'attn_const':     {'attention': {'multiplier': 1 / 64}},     # all the same at heads of 64
+        'attn_const':     {'attention': {'multiplier': 1 / 64}},
         'residual_depth': {'branch_out': {'multiplier': c.residual_scale}},
     }
-    sp_attention = c.attention_scale / math.sqrt(c.hd)
-    sp_std = std / 5                                    # 0.02 where µP has its default, 0.1
-    sp = {
-        'embedding':  Rule(sp_std,                   1,                  lr,   1,   None,  True),
-        'matrix':     Rule(sp_std,                   None,               lr,   1,   1,     True),
-        'branch_out': Rule(sp_std / math.sqrt(2*L),  1,                  lr,   1,   1,     True),
-        'gain':       Rule(None,                     None,               lr,   1,   None,  False),
-        'attention':  Rule(None,                     sp_attention,       None, None, None, None),
-        'logits':     Rule(None,                     c.output_scale,     None, None, None, None),
+
+
+def standard_parametrisation(c):
+    """role -> Rule where nothing depends on width but attention's 1/sqrt(hd); nanoGPT's init."""
+    std = c.init_std / 5                           # 0.02 where µP has its default, 0.1
+    every_weight = {'lr_knob': 'learning_rate', 'lr_mult': 1}
+    return {
+        'embedding': Rule(init_std=std, multiplier=1, **every_weight, weight_decay=True),
+        'matrix': Rule(init_std=std, **every_weight, muon_lr_mult=1, weight_decay=True),
+        'branch_out': Rule(init_std=std / math.sqrt(2 * c.n_layer), multiplier=1,
+                           **every_weight, muon_lr_mult=1, weight_decay=True),
+        'gain': Rule(**every_weight, weight_decay=False),
+        'attention': Rule(multiplier=c.attention_scale / math.sqrt(c.hd)),
+        'logits': Rule(multiplier=c.output_scale),
     }
-    if muon is None:
-        raise ValueError(f"muon_lr_scaling={c.muon_lr_scaling!r} is not '1/m', '1/sqrt(m)' or "
-                         "'const'")
-    if c.mup_break and (c.mup_break not in broken or c.mup_rules == 'sp'):
+
+
+def mup_table(c):
+    """role -> Rule for an XmodelConfig: by mup_rules, less the rule that mup_break names.
+
+    'textbook' is the table above. 'authors' breaks two of its rules, as Xmodel-2.5's released code
+    does; at the base width (m = 1) both are the same. 'sp' is standard parametrisation.
+    ValueError for an unknown mup_break or muon_lr_scaling, and for 'sp' with a mup_break.
+    """
+    table = textbook(c)
+    breaks = broken_rules(c)
+    if c.mup_break and (c.mup_break not in breaks or c.mup_rules == 'sp'):
         raise ValueError(f"mup_break={c.mup_break!r} should be a rule of µP, one of "
-                         f"{', '.join(broken)}; mup_rules='sp' has none")
-    table = sp if c.mup_rules == 'sp' else textbook
-    for rule in (*(('init_out', 'gain_lr') if c.mup_rules == 'authors' else ()), c.mup_break):
-        for role, changed in broken.get(rule, {}).items():
+                         f"{', '.join(breaks)}; mup_rules='sp' has none")
+    if c.mup_rules == 'sp':
+        return standard_parametrisation(c)
+    broken = []
+    if c.mup_rules == 'authors':
+        broken = ['init_out', 'gain_lr']
+    if c.mup_break:
+        broken.append(c.mup_break)
+    for rule in broken:
+        for role, changed in breaks[rule].items():
             table[role] = table[role]._replace(**changed)
     return table
 
 
 def role_of(name):
-    """The role in mup_table of the parameter called `name` in Xmodel.named_parameters()."""
+    """A parameter's role in mup_table, by its name: 'blocks.3.attn.out.weight' -> 'branch_out'."""
     module = name.split('.')[-2]
     return {'embed': 'embedding', 'qkv': 'matrix', 'gate_up': 'matrix',
             'out': 'branch_out', 'down': 'branch_out'}.get(module, 'gain')
@@ -164,6 +234,8 @@ def apply_rope(x, cos, sin):
 
 
 class Attention(nn.Module):
+    """Causal self-attention with n_head query heads that share n_kv_head keys and values."""
+
     def __init__(self, c, rule):
         super().__init__()
         self.n_head, self.n_kv_head, self.hd = c.n_head, c.n_kv_head, c.hd
@@ -177,7 +249,8 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.hd)                 # (B, T, n_head + 2 n_kv_head, hd)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q = apply_rope(q, cos, sin)
+        k = apply_rope(k, cos, sin)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))          # (B, n_head or n_kv_head, T, hd)
         if cache is not None:
             k, v = cache.append(k, v)                             # (B, n_kv_head, all T so far, hd)
@@ -201,6 +274,8 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
+    """x + branch · attention(norm(x)), then the same with the FFN."""
+
     def __init__(self, c, table):
         super().__init__()
         self.norm1 = nn.RMSNorm(c.n_embd, eps=c.norm_eps)
@@ -224,9 +299,15 @@ class Xmodel(nn.Module):
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.activation_checkpointing = False              # True: blocks keep their input alone
         self.set_compiled(False)
+        self.init_weights()
+
+    def init_weights(self):
         for name, p in self.named_parameters():
-            std = self.table[role_of(name)].init_std
-            nn.init.ones_(p) if std is None else nn.init.normal_(p, std=std)
+            role = role_of(name)
+            if role == 'gain':
+                nn.init.ones_(p)
+            else:
+                nn.init.normal_(p, std=self.table[role].init_std)
 
     def forward(self, idx, targets=None):
         """idx, targets (B, T) int64 -> (logits, loss).
@@ -234,22 +315,27 @@ class Xmodel(nn.Module):
         Without targets: logits (B, T, vocab_size), loss None. With targets: logits None (they are
         never all in memory at once) and the mean cross-entropy in nats over targets other than -1.
         """
-        cos, sin = rope_angles(torch.arange(idx.size(1), device=idx.device),
-                               self.config.hd, self.config.rope_theta)
+        positions = torch.arange(idx.size(1), device=idx.device)
+        cos, sin = rope_angles(positions, self.config.hd, self.config.rope_theta)
         x = self.hidden(idx, cos, sin)                                          # (B, T, C)
         if targets is None:
             return self.logits(x), None
-        return None, self.cross_entropy(x.flatten(0, 1), self.embed.weight, targets.flatten(),
-                                        self.table['logits'].multiplier)
+        loss = self.cross_entropy(x.flatten(0, 1), self.embed.weight, targets.flatten(),
+                                  self.table['logits'].multiplier)
+        return None, loss
 
-    def hidden(self, idx, cos, sin, cache=None, mask=None):
-        """The residual stream after the last block, normed: (B, T, C)."""
+    def hidden(self, idx, cos, sin, caches=None, mask=None):
+        """The residual stream after the last block, normed: (B, T, C).
+
+        caches: a KV cache for each block, in generation; mask: which columns each token sees.
+        """
         x = self.embed(idx) * self.table['embedding'].multiplier                # (B, T, C)
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)
             else:
-                x = block(x, cos, sin, cache and cache[i], mask)
+                cache = None if caches is None else caches[i]
+                x = block(x, cos, sin, cache, mask)
         return self.norm(x)
 
     def logits(self, x):
@@ -261,55 +347,38 @@ class Xmodel(nn.Module):
 
         All blocks share one compiled graph; the whole model as one takes longer and runs no faster.
         """
-        # There is a graph for each length, training or not, FP8's first step and watched ones;
-        # beyond the default limit of 8 blocks would silently be eager again.
+        # There is a graph for each length, for training and evaluation, for FP8's first step and
+        # for watched steps. Beyond the default limit of 8 blocks would silently be eager again.
         torch._dynamo.config.recompile_limit = 64
         for block in self.blocks:
             block._compiled_call_impl = None
             if on:
                 block.compile(dynamic=False)
-        self.cross_entropy = torch.compile(chunked_cross_entropy, dynamic=False) if on \
-            else chunked_cross_entropy
-
-    def try_compiled(self, x, y, autocast):
-        """set_compiled(True), unless that fails or changes the loss of x, y; says which it was."""
-        def loss_of_a_step(on):
-            self.set_compiled(on)
-            with autocast:
-                loss = self(x, y)[1]
-            loss.backward()
-            self.zero_grad(set_to_none=False)                      # DDP's buckets hold them
-            return loss.item()
-
-        eager, began, trouble = loss_of_a_step(False), time.time(), ''
-        try:
-            compiled = loss_of_a_step(True)
-        except Exception as e:  # noqa: BLE001                     (a compiler can fail in any way)
-            compiled, trouble = math.nan, f' ({type(e).__name__}: {str(e)[:80]!r})'
-        if abs(compiled - eager) <= 0.01 * eager:                  # bf16 rounds at 0.4 %
-            return (f'compiled for {x.size(0)} x {x.size(1)} tokens, {time.time() - began:.0f} s: '
-                    f'loss {compiled:.4f}, eager {eager:.4f}')
-        self.set_compiled(False)                                   # here also where loss is NaN
-        self.zero_grad(set_to_none=False)
-        return f'compiled loss {compiled:.4f}, eager {eager:.4f}{trouble}: going on in eager mode'
+        self.cross_entropy = chunked_cross_entropy
+        if on:
+            self.cross_entropy = torch.compile(chunked_cross_entropy, dynamic=False)
 
     def param_groups(self, weight_decay=0.1):
         """Optimizer groups, by role: {params, names, role, parts, lr_knob, lr_mult, ...}.
 
-        A group's learning rate is the knob `lr_knob` times `lr_mult` (or `muon_lr_mult`); its
-        decoupled decay a step is that times `weight_decay`, so it falls with width on matrices,
-        too. parts: rows of each matrix that the group's weights fuse, or None.
+        A group's learning rate is the knob `lr_knob` times `lr_mult` (or `muon_lr_mult`). Its
+        decoupled decay a step is that learning rate times `weight_decay`. parts: rows of each
+        matrix that is fused in the group's weights, or None.
         """
-        groups = {}
+        params_of = {}                                             # (role, parts) -> {name: p}
         for name, p in self.named_parameters():
-            parts = getattr(self.get_submodule(name.rpartition('.')[0]), 'parts', None)
-            groups.setdefault((role_of(name), parts), {})[name] = p
-        return [{'params': list(params.values()), 'names': list(params), 'role': role,
-                 'parts': parts,
-                 'lr_knob': self.table[role].lr_knob, 'lr_mult': self.table[role].lr_mult,
-                 'muon_lr_mult': self.table[role].muon_lr_mult,
-                 'weight_decay': weight_decay if self.table[role].weight_decay else 0.0}
-                for (role, parts), params in groups.items()]
+            module = self.get_submodule(name.rpartition('.')[0])
+            key = role_of(name), getattr(module, 'parts', None)
+            params_of.setdefault(key, {})[name] = p
+        groups = []
+        for (role, parts), params in params_of.items():
+            rule = self.table[role]
+            groups.append({'params': list(params.values()), 'names': list(params),
+                           'role': role, 'parts': parts,
+                           'lr_knob': rule.lr_knob, 'lr_mult': rule.lr_mult,
+                           'muon_lr_mult': rule.muon_lr_mult,
+                           'weight_decay': weight_decay if rule.weight_decay else 0.0})
+        return groups
 
     def flops_per_token(self, T):
         """Training FLOPs a token: 6 a weight, and in each layer 12 n_embd for each of T/2 keys."""
@@ -330,8 +399,8 @@ CHUNK, CHUNK_ON_GPU = 2**24, 2**28                     # logits at a time: 64 MB
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of softmax(multiplier · x Wᵀ); gradients are computed in the forward pass.
 
-    d loss / d logits = (softmax - onehot) / N needs nothing from later layers, so each chunk of
-    rows makes its logits, takes from them the loss and both gradients, and drops them: no product
+    d loss / d logits = (softmax - onehot) / N needs nothing from later layers. So each chunk of
+    rows makes its logits, takes the loss and both gradients from them, and drops them: no product
     is computed twice.
     """
 
@@ -339,24 +408,26 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, multiplier, dtype, with_grad):
         w, x = weight.to(dtype), x.to(dtype)                                    # (V, C), (N, C)
         rows = max(1, (CHUNK_ON_GPU if x.is_cuda else CHUNK) // len(w))
-        share = multiplier / (targets >= 0).sum().clamp(min=1)
+        per_target = multiplier / (targets >= 0).sum().clamp(min=1)
         total = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(x) if with_grad else None
         grad_w = torch.zeros_like(w, dtype=torch.float32) if with_grad else None
         for i in range(0, len(x), rows):
-            xs, ts = x[i:i + rows], targets[i:i + rows]
-            logits = (xs @ w.T).float() * multiplier                            # (rows, V)
+            x_rows, ids = x[i:i + rows], targets[i:i + rows]
+            valid = (ids >= 0)[:, None]                                         # (rows, 1)
+            ids = ids.clamp(min=0)[:, None]                                     # (rows, 1)
+            logits = (x_rows @ w.T).float() * multiplier                        # (rows, V)
             lse = logits.logsumexp(-1, keepdim=True)                            # (rows, 1)
-            valid, at = (ts >= 0)[:, None], ts.clamp(min=0)[:, None]            # (rows, 1)
-            total += ((lse - logits.gather(1, at)) * valid).sum()
+            total += ((lse - logits.gather(1, ids)) * valid).sum()
             if with_grad:
-                onehot = torch.arange(len(w), device=x.device) == at        # (rows, V)
-                grad = (((logits - lse).exp() - onehot.float()) * (valid * share)).to(dtype)
+                onehot = torch.arange(len(w), device=x.device) == ids           # (rows, V)
+                # (the softmax gets no name, by which it would stay in memory: 1 GB)
+                grad = (((logits - lse).exp() - onehot.float()) * (valid * per_target)).to(dtype)
                 grad_x[i:i + rows] = grad @ w
-                grad_w += grad.T @ xs
+                grad_w += grad.T @ x_rows
         if with_grad:
             ctx.save_for_backward(grad_x, grad_w)
-        return total * share / multiplier
+        return total * per_target / multiplier
 
     @staticmethod
     def backward(ctx, grad_loss):
@@ -371,12 +442,23 @@ def chunked_cross_entropy(x, weight, targets, multiplier):
     return ChunkedCrossEntropy.apply(x, weight, targets, multiplier, dtype, torch.is_grad_enabled())
 
 
+# --------------------------------------------------------------------------------------------------
+
+def print_rules(c):
+    """Print mup_table at the base width and at c's, side by side; both have c's depth and heads."""
+    base = replace(c, n_embd=c.mup_base_width, n_head=c.mup_base_width // c.hd, n_kv_head=1)
+    print(f'{"":26}', *(f'{f"width {x.n_embd}":>14}' for x in (base, c)))
+    narrow, wide = mup_table(base), mup_table(c)
+    for role in wide:
+        for field in Rule._fields:
+            rules = [getattr(table[role], field) for table in (narrow, wide)]
+            if rules[1] is not None:
+                cells = [f'{x:.4g}' if isinstance(x, float) else f'{x}' for x in rules]
+                print(f'{role:12}{field:14}', *(f'{cell:>14}' for cell in cells))
+
+
 if __name__ == '__main__':
     with torch.device('meta'):
         model = Xmodel(XmodelConfig())
-    print(f'width {model.config.n_embd}, {model.config.n_layer} blocks, by the textbook:')
-    for role, rule in model.table.items():
-        print(f'{role:11}', ', '.join(f'{key} {value:.4g}' if type(value) in (int, float) else
-                                      f'{key} {value}' for key, value in rule._asdict().items()
-                                      if value is not None))
+    print_rules(model.config)
     print(f'{model.num_params():,} parameters, {model.num_params(False):,} without the embedding')

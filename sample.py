@@ -6,15 +6,19 @@ r"""Write text with a trained model, token by token; or talk with it.
     python sample.py out/proxy20m --chat --system="Be brief."  # Ctrl-D ends it
     python sample.py out/proxy20m --batch=FILE.jsonl --format=json > answers.jsonl
 
-The text streams to stdout as it is made (but for --batch and --format=json, where it comes when it
-is whole), the speed goes to stderr. A KV cache keeps each token's
-keys and values, so a new token costs one pass over one position, not over the whole text.
+The text streams to stdout as it is made; with --batch or --format=json it comes when a sample is
+whole. The speed goes to stderr. A KV cache keeps each token's keys and values, so a new token costs
+one pass over one position, not over the whole text.
 
 A line of FILE.jsonl is {"prompt": ...}, or {"messages": [{"role": "user", "content": ...}, ...]}.
-With --format=json a sample is a line: what the prompt's line had (an "id", say), "prompt", "text",
-"ids" as they were drawn, their "logprobs" (natural logarithms of the model's own probabilities,
-before temperature, top_k and top_p), and "finish": why it ended, 'eos' (the model ended its
-document), 'stop' (a stop string) or 'length'.
+With --format=json each sample is a line of output. It has what the prompt's line had (an "id",
+say), and
+
+    "prompt", "text"     what was continued, and how
+    "ids", "logprobs"    the tokens as they were drawn, and the natural logarithms of the model's
+                         own probabilities, before temperature, top_k and top_p
+    "finish"             why it ended: 'eos' (the model ended its document), 'stop' (a stop string)
+                         or 'length'
 """
 import contextlib
 import json
@@ -26,8 +30,9 @@ import time
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_model, usable_device
+from checkpoint import load_model
 from configurator import check_range, configure, fail
+from distributed import usable_device
 from generate import Decoder, common_prefix, complete
 from tokenizer import OtherTokenizer, chat_prompt, tokenizer_of
 
@@ -52,6 +57,19 @@ device = 'cpu'                # or 'cuda', 'mps'; at batch 1 a small model is fa
 # --------------------------------------------------------------------------------------------------
 # The script
 
+def parse_prompt(line):
+    """(prompt, the line's object) of a line of a .jsonl file; any of several errors if wrong."""
+    entry = json.loads(line)
+    json.dumps(entry, ensure_ascii=False).encode()         # JSON may escape half a character
+    match entry:
+        case {'prompt': str(text)} if text:
+            return text, entry
+        case {'messages': [*turns]} if turns:
+            return chat_prompt(turns), entry
+        case _:
+            raise ValueError('no prompt')
+
+
 def read_batch(file):
     """[(prompt, the line's object)] of a .jsonl file; ValueError names a line that has none."""
     prompts = []
@@ -61,14 +79,7 @@ def read_batch(file):
                 if not line.strip():
                     continue
                 try:
-                    match entry := json.loads(line):
-                        case {'prompt': str(text)} if text:
-                            prompts.append((text, entry))
-                        case {'messages': [*turns]} if turns:
-                            prompts.append((chat_prompt(turns), entry))
-                        case _:
-                            raise ValueError
-                    json.dumps(entry, ensure_ascii=False).encode()         # JSON can escape half
+                    prompts.append(parse_prompt(line))
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     raise ValueError(f'{file}: line {n} should be {{"prompt": TEXT}} or '
                                      '{"messages": [{"role": ..., "content": ...}, ...]}') from None
@@ -81,90 +92,118 @@ def read_batch(file):
     return prompts
 
 
-def as_json(text, row, entry=None):
+def as_json(prompt, row, entry=None):
+    """A sample as a line of JSON; entry: what its prompt's line had, or None."""
     return json.dumps((entry or {}) | {
-        'prompt': text, 'text': row.text, 'ids': row.ids, 'logprobs': row.logprobs,
+        'prompt': prompt, 'text': row.text, 'ids': row.ids, 'logprobs': row.logprobs,
         'finish': row.finish}, ensure_ascii=False)
 
 
-def tell(text):
+def rule_before(i):
+    """The line of dashes before sample number i, which the first has not."""
+    return '-' * 80 + '\n' if i > 0 else ''
+
+
+def print_now(text):
     print(text, end='', flush=True)
 
 
-def write(model, tokenizer, prompts, how):
-    """num_samples of each of the prompts, (text, the line's object).
-
-    As text, those of one prompt stream, one after the other; else batch_size go at a time.
-    """
-    prompts = [(text, entry, tokenizer.encode_ordinary(text)) for text, entry in prompts]
-    if empty := [text for text, _, ids in prompts if not ids]:
-        raise ValueError(f'its tokenizer has no token for {empty[0]!r}')
-    longest = max(len(ids) for _, _, ids in prompts) + max_new_tokens
+def encode_prompts(model, tokenizer, prompts):
+    """[(prompt, the line's object, ids)]; warns if a text may become too long for the model."""
+    encoded = [(text, entry, tokenizer.encode_ordinary(text)) for text, entry in prompts]
+    for text, _, ids in encoded:
+        if not ids:
+            raise ValueError(f'its tokenizer has no token for {text!r}')
+    longest = max(len(ids) for _, _, ids in encoded) + max_new_tokens
     if longest > model.config.block_size:
         print(f'sample.py: up to {longest} tokens, and the model is meant for texts of '
               f'{model.config.block_size}', file=sys.stderr)
-    prompts = [prompt for prompt in prompts for _ in range(num_samples)]
-    streams = format == 'text' and not batch
-    size, began, n = 1 if streams else batch_size, time.time(), 0
-    for i in tqdm(range(0, len(prompts), size), unit='batch', leave=False,
-                  disable=None if batch and not sys.stdout.isatty() else True):
-        part = prompts[i:i + size]
-        if streams:
-            tell(('-' * 80 + '\n' if i else '') + part[0][0])
-        rows = complete(model, tokenizer, [ids for _, _, ids in part],
-                        on_text=tell if streams else None, **how)
-        n += sum(len(row.ids) for row in rows)
-        for j, ((text, entry, _), row) in enumerate(zip(part, rows), i):
-            if streams:
-                print(flush=True)
-            elif format == 'json':
+    return encoded
+
+
+def stream_samples(model, tokenizer, samples, sampling):
+    """Print the samples (prompt, entry, ids) one by one, while they are made -> tokens made."""
+    n_tokens = 0
+    for i, (text, _, ids) in enumerate(samples):
+        print_now(rule_before(i) + text)
+        row, = complete(model, tokenizer, [ids], on_text=print_now, **sampling)
+        print(flush=True)
+        n_tokens += len(row.ids)
+    return n_tokens
+
+
+def print_samples(model, tokenizer, samples, sampling):
+    """Print the samples (prompt, entry, ids) when each is whole -> tokens made."""
+    n_tokens = 0
+    show_bar = batch and not sys.stdout.isatty()
+    for i in tqdm(range(0, len(samples), batch_size), unit='batch', leave=False,
+                  disable=None if show_bar else True):
+        some = samples[i:i + batch_size]
+        rows = complete(model, tokenizer, [ids for _, _, ids in some], **sampling)
+        n_tokens += sum(len(row.ids) for row in rows)
+        for j, ((text, entry, _), row) in enumerate(zip(some, rows), i):
+            if format == 'json':
                 print(as_json(text, row, entry), flush=True)
             else:
-                print(('-' * 80 + '\n' if j else '') + text + row.text, flush=True)
-    print(f'{n} tokens, {n / (time.time() - began):.1f} tok/s', file=sys.stderr)
+                print(rule_before(j) + text + row.text, flush=True)
+    return n_tokens
 
 
-def converse(model, tokenizer, how):
-    """Answer each line of standard input, with what was said before."""
-    decoder = Decoder(model, torch.zeros(1, dtype=torch.long, device=model.embed.weight.device),
-                      compile)
-    before = [{'role': 'system', 'content': system}] if system else []
-    turns, read = [], []                                  # read: the ids that the decoder has read
+def write(model, tokenizer, prompts, sampling):
+    """Print num_samples continuations of each of the prompts (text, the line's object)."""
+    encoded = encode_prompts(model, tokenizer, prompts)
+    samples = [prompt for prompt in encoded for _ in range(num_samples)]
+    began = time.time()
+    if format == 'text' and not batch:
+        n_tokens = stream_samples(model, tokenizer, samples, sampling)
+    else:
+        n_tokens = print_samples(model, tokenizer, samples, sampling)
+    print(f'{n_tokens} tokens, {n_tokens / (time.time() - began):.1f} tok/s', file=sys.stderr)
+
+
+def fit_chat(tokenizer, before, turns, block_size):
+    """(the prompt, its ids) of a chat; deletes the oldest turns where it would be too long."""
     while True:
-        if sys.stdin.isatty():
-            tell('User: ')
-        if not (line := sys.stdin.readline()):
-            return tell('\n' if sys.stdin.isatty() else '')
+        text = chat_prompt(before + turns)
+        ids = tokenizer.encode_ordinary(text)
+        if len(ids) + max_new_tokens <= block_size or len(turns) == 1:
+            return text, ids
+        del turns[:2]                                     # the oldest turn and its answer
+        print('(the oldest turn is forgotten)', file=sys.stderr)
+
+
+def converse(model, tokenizer, sampling):
+    """Answer each line of standard input, with what was said before."""
+    pad = torch.zeros(1, dtype=torch.long, device=model.embed.weight.device)
+    decoder = Decoder(model, pad, compile)
+    before = [{'role': 'system', 'content': system}] if system else []
+    turns, ids_read = [], []                              # ids_read: what the decoder has read
+    interactive = sys.stdin.isatty()
+    while True:
+        if interactive:
+            print_now('User: ')
+        line = sys.stdin.readline()
+        if not line:
+            print_now('\n' if interactive else '')
+            return
         if not line.strip():
             continue
         turns.append({'role': 'user', 'content': line.strip()})
-        ids = tokenizer.encode_ordinary(text := chat_prompt(before + turns))
-        while len(ids) + max_new_tokens > model.config.block_size and len(turns) > 1:
-            del turns[:2]                                 # the oldest turn and its answer
-            print('(the oldest turn is forgotten)', file=sys.stderr)
-            ids = tokenizer.encode_ordinary(text := chat_prompt(before + turns))
-        # Encoded anew, the answer may have other tokens than were drawn: read again from the first
-        # that differs.
-        decoder.end = common_prefix(ids[:-1], read)
-        if format == 'text' and sys.stdin.isatty():
-            tell('Assistant:')
+        text, ids = fit_chat(tokenizer, before, turns, model.config.block_size)
+        # Encoded anew, the last answer may have other tokens than were drawn: read again from the
+        # first that differs.
+        decoder.end = common_prefix(ids[:-1], ids_read)
+        if format == 'text' and interactive:
+            print_now('Assistant:')
         row, = complete(model, tokenizer, [ids[decoder.end:]], decoder=decoder,
-                        on_text=tell if format == 'text' else None, **how)
+                        on_text=print_now if format == 'text' else None, **sampling)
         print(as_json(text, row) if format == 'json' else '', flush=True)
         turns.append({'role': 'assistant', 'content': row.text.strip()})
-        read = (ids + row.ids)[:decoder.end]
+        ids_read = (ids + row.ids)[:decoder.end]
 
 
-def main():
-    if sys.stdout is None:
-        fail('standard output is closed')
-    if sys.stdin is None and (chat or '-' in (prompt, batch)):
-        fail('standard input is closed')
-    text = sys.stdin.read() if prompt == '-' and not batch and not chat else prompt
-    if not text:
-        fail('the prompt is empty; give some text to continue')
-    if any('\ud800' <= c <= '\udfff' for c in text):              # bytes that are no character
-        fail('the prompt is not UTF-8')
+def check_knobs():
+    """End the program in one line if a knob's value cannot be used."""
     check_range(globals(), 1, 2**20, 'num_samples', 'max_new_tokens', 'batch_size')
     check_range(globals(), 0, math.inf, 'temperature', 'top_k')
     check_range(globals(), 0, 2**63, 'seed')
@@ -176,6 +215,27 @@ def main():
         fail('--chat is a conversation: without --batch and --num_samples')
     if system and not chat:
         fail('--system is for --chat; a line of --batch may have it among its messages')
+
+
+def read_prompt():
+    """The text of the knob `prompt`, or of standard input; ends the program if it is unusable."""
+    text = prompt
+    if prompt == '-' and not batch and not chat:
+        text = sys.stdin.read()
+    if not text:
+        fail('the prompt is empty; give some text to continue')
+    if any('\ud800' <= c <= '\udfff' for c in text):              # bytes that are no character
+        fail('the prompt is not UTF-8')
+    return text
+
+
+def main():
+    if sys.stdout is None:
+        fail('standard output is closed')
+    if sys.stdin is None and (chat or '-' in (prompt, batch)):
+        fail('standard input is closed')
+    text = read_prompt()
+    check_knobs()
     try:
         prompts = read_batch(batch) if batch else [(text, None)]
         if max(len(text) for text, _ in prompts) > 400_000:        # tiktoken panics at a million
@@ -189,13 +249,15 @@ def main():
         fail(f'device={device!r} cannot be used here: {str(e).splitlines()[0][:120]}')
     if chat and isinstance(tokenizer, OtherTokenizer):
         fail(f'{about["path"]} has a tokenizer of its own, with a chat template that is not read')
-    how = {'max_new_tokens': max_new_tokens, 'temperature': temperature, 'top_k': top_k,
-           'top_p': top_p, 'stop_ids': about['eos_ids'], 'generator': generator}
+    sampling = {'max_new_tokens': max_new_tokens, 'temperature': temperature, 'top_k': top_k,
+                'top_p': top_p, 'stop_ids': about['eos_ids'], 'generator': generator}
     try:
         if chat:                                 # a weak model goes on, and plays the user as well
-            converse(model, tokenizer, how | {'stop': [*stop, '\n\nUser:']})
+            sampling['stop'] = [*stop, '\n\nUser:']
+            converse(model, tokenizer, sampling)
         else:
-            write(model, tokenizer, prompts, how | {'stop': stop, 'compiled': compile})
+            sampling |= {'stop': stop, 'compiled': compile}
+            write(model, tokenizer, prompts, sampling)
     except UnicodeError:
         raise                                                      # a ValueError as well; see below
     except (FloatingPointError, ValueError) as e:

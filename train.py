@@ -11,54 +11,52 @@ knobs below; --phases.NAME.KEY=value reaches into the curriculum. What a run wri
 log.jsonl, run.json and checkpoints, step_N.pt.
 """
 import copy
-import ctypes
-import faulthandler
-import io
-import itertools
-import json
 import math
 import os
-import shutil
-import signal
 import statistics
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, redirect_stderr, suppress
-from dataclasses import asdict, fields
-from datetime import timedelta
-from pathlib import Path
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
-from checkpoint import (
-    begin_folder,
-    changes,
-    checkpoints,
-    made_by,
-    prune,
-    read_checkpoint,
-    read_log,
-    step_of,
-    take_folder,
-    usable_device,
-    write_checkpoint,
+from configurator import configure, knob_values
+from distributed import (
+    data_parallel,
+    gradients_stay_here,
+    join_ranks,
+    pick_device,
+    print_once,
+    ranks,
+    sum_over_ranks,
 )
-from configurator import check_range, configure, fail, knob_values
-from data_prep import (
-    check_ids,
-    get_batch,
-    get_windows,
-    open_data,
-    prepare_missing,
-    windows_before,
+from loader import get_batch, get_windows, windows_before
+from model import Xmodel
+from muon import make_optimizers, step_all
+from run import (
+    Compiler,
+    LossWatch,
+    Progress,
+    RunFiles,
+    Signals,
+    end_if_hung,
+    end_of_run,
+    faults_in_one_line,
+    mistakes_printed_once,
+    print_replayed,
+    refusing_what_memory_cannot_hold,
+    replaying,
+    stop_hang_timer,
 )
-from fp8 import E4M3, E5M2, convert_to_float8
-from model import Xmodel, XmodelConfig
-from muon import gather_state, has_bf16, load_state, make_optimizers, ranks, step_all
+from start import (
+    check_knobs,
+    computes_in_bf16,
+    delayed_scaling,
+    open_folder,
+    print_plan,
+    rows_of_a_micro_batch,
+    start_of_run,
+)
 
 # --- run ---
 out_dir = 'out/run'           # folder of this run; never overwrites another's
@@ -123,12 +121,6 @@ hang_seconds = 1800           # a rank that does not come on for so long ends, w
 reference = ''                # another run's folder, as the proxy's, to compare losses with
 reference_margin = 0.2        # nats above it from which validations say so
 
-# knobs that --resume lets change, since they do not decide what is learned; all others it refuses
-FREE = {'out_dir', 'resume', 'replay', 'init_from', 'init_step', 'device', 'dtype', 'compile',
-        'data_dir', 'sources', 'micro_batch_tokens', 'reduce_dtype', 'log_interval',
-        'eval_interval', 'eval_rows', 'checkpoint_interval', 'keep', 'hang_seconds', 'reference',
-        'reference_margin', 'fp8_monitor', 'activation_checkpointing'}
-
 
 # --------------------------------------------------------------------------------------------------
 # The schedule: pure functions of the phases
@@ -147,629 +139,238 @@ def lr_at(step):
     """(learning rate, embedding's learning rate) at a step, before µP's factors (model.mup_table).
 
     Warmup-Stable-Decay: a phase's lr = (start, peak, end), in units of the knobs learning_rate and
-    embedding_lr. Linear from start to peak over its warmup; then, at share r of the steps left,
-    'constant' peak, 'linear' to end, or 'exponential', which in Megatron's WSD is
-    end + (2 · 0.5^r - 1)(peak - end), shifted so as to reach end (Xmodel-2.5's configuration).
+    embedding_lr. (What a phase leaves out, start.check_phases has filled in.) Linear from start to
+    peak over its warmup; then, at share r of the steps left, 'constant' peak, 'linear' to end, or
+    'exponential', which in Megatron's WSD is end + (2 · 0.5^r - 1)(peak - end), shifted so as to
+    reach end (Xmodel-2.5's configuration).
     """
     phase, first = phase_at(step)
-    i, warmup = step - first, phase['warmup']
-    r = (i - warmup) / max(1, phase['steps'] - warmup)
-    left = {'constant': 1, 'linear': 1 - r, 'exponential': 2 * 0.5**r - 1}[phase['decay']]
-    return tuple(knob * (start + (peak - start) * i / warmup if i < warmup
-                         else end + left * (peak - end))
-                 for knob, (start, peak, end) in ((learning_rate, phase['lr']),
-                                                  (embedding_lr, phase['embedding_lr'])))
+    return (learning_rate * factor_at(phase, step - first, phase['lr']),
+            embedding_lr * factor_at(phase, step - first, phase['embedding_lr']))
 
 
-def rows_of_a_micro_batch(share, T):
-    """As many of a rank's `share` rows of T tokens as micro_batch_tokens allow, in equal parts."""
-    most = max(1, min(share, micro_batch_tokens // T))
-    return max(r for r in range(1, most + 1) if share % r == 0)
+def factor_at(phase, i, lr):
+    """lr_at in units of its knob, at step i of a phase with lr = (start, peak, end)."""
+    start, peak, end = lr
+    warmup = phase['warmup']
+    if i < warmup:
+        return start + (peak - start) * i / warmup
+    r = (i - warmup) / max(1, phase['steps'] - warmup)           # from 0 after the warmup to 1
+    if phase['decay'] == 'constant':
+        left = 1
+    elif phase['decay'] == 'linear':
+        left = 1 - r
+    else:
+        left = 2 * 0.5**r - 1
+    return end + left * (peak - end)
 
 
-def check_phases(phases, steps_scale=1.0):
-    """Fill in what phases may leave out and scale their steps; refuse in one line what is wrong."""
-    if wrong := [phase for phase in phases if not isinstance(phase, dict)]:
-        fail(f'phases: {wrong[0]!r} should be a dict, like those in config/proxy20m.py')
-    names = [phase.get('name') for phase in phases]
-    lowest = {'steps': 0, 'batch': 1, 'block_size': 1, 'warmup': 0}
-    choices = {'optimizer': ('adamw', 'muon'), 'decay': ('constant', 'linear', 'exponential')}
-    lrs = ('lr', 'embedding_lr')
-    for phase in phases:
-        phase.setdefault('warmup', 0)
-        phase.setdefault('embedding_lr', phase.get('lr'))
-        for key in ('name', *lowest, 'data', *choices, *lrs, *phase):
-            value, right = phase.get(key), ''
-            if key == 'name' and (not isinstance(value, str) or names.count(value) > 1):
-                right = 'a name of its own'
-            elif key in lowest and (type(value) is not int or not lowest[key] <= value < 2**31):
-                right = f'an integer of at least {lowest[key]}, and below {2**31}'
-            elif key in choices and value not in choices[key]:
-                right = f'one of {", ".join(choices[key])}'
-            elif key in lrs and not (isinstance(value, tuple) and len(value) == 3 and all(
-                    type(v) in (int, float) and 0 <= v < 1e9 for v in value)):
-                right = '(start, peak, end) in units of the learning rate'
-            elif key == 'data' and not (isinstance(value, dict) and value and
-                                        all(type(name) is str for name in value)):
-                right = '{data set: weight}'
-            elif key not in ('name', *lowest, 'data', *choices, *lrs):
-                right = 'left out: no phase has such a key'
-            if right:
-                fail(f'phase {phase.get("name")!r}: {key}={value!r} should be {right}')
-        for key in ('steps', 'warmup'):
-            phase[key] = round(phase[key] * steps_scale) or min(1, phase[key])
-        if phase['warmup'] > phase['steps'] > 0:
-            fail(f'phase {phase["name"]!r}: its warmup is longer than its steps={phase["steps"]}')
-    phases[:] = [phase for phase in phases if phase['steps'] > 0]
-    if not phases:
-        fail('the curriculum (phases, steps_scale) is empty; a config with one: config/nano.py')
+# --------------------------------------------------------------------------------------------------
+# One step's passes, and the validation
+
+def count_targets(y):
+    """How many tokens of y have a loss: all but -1."""
+    return int((y >= 0).sum())
+
+
+def forward_backward(net, micro_batches, n_targets, autocast):
+    """The gradients of a batch, in p.grad, and its mean loss, both added up over the ranks.
+
+    micro_batches: this rank's [(x, y)], (micro_batch, T) each; n_targets: of the whole batch. Each
+    micro-batch's mean loss is weighted by its targets, so the result is that of one large batch,
+    however it is cut.
+    """
+    device = n_targets.device
+    loss = torch.zeros((), device=device)
+    for i, (x, y) in enumerate(micro_batches, 1):
+        weight = count_targets(y) / n_targets
+        last = i == len(micro_batches)                           # ranks add gradients up only once
+        with nullcontext() if last else gradients_stay_here(net):
+            with autocast:
+                micro_loss = net(x.to(device), y.to(device))[1]
+            try:
+                (micro_loss * weight).backward()
+            except RuntimeError as e:
+                e.add_note(f'micro-batch {i} of {len(micro_batches)} has loss {micro_loss.item()}')
+                raise
+        loss += micro_loss.detach() * weight
+    return sum_over_ranks(loss, device)
+
+
+@torch.no_grad()
+def evaluate(model, data, phase, rows, device, autocast):
+    """data set -> mean loss in nats over eval_rows windows, spread over its validation split.
+
+    rows: of a micro-batch. Each rank takes every world-th micro-batch.
+    """
+    losses, T, (rank, world) = {}, phase['block_size'], ranks()
+    for name in phase['data']:
+        end_if_hung(2 * hang_seconds)
+        n_windows = data[name].n_windows('val', T)
+        n = min(eval_rows, n_windows)
+        total = torch.zeros(2, dtype=torch.float64)              # sum of losses, how many
+        for i in range(rank * rows, n, world * rows):
+            # all of one shape; the last one's surplus rows have no targets
+            windows = [min(j, n - 1) * n_windows // n for j in range(i, i + rows)]
+            x, y = get_windows(data[name], 'val', windows, T, completion_only)
+            y[n - i:] = -1
+            with autocast:
+                loss = model(x.to(device), y.to(device))[1].item()
+            total += torch.tensor([loss, 1.0], dtype=torch.float64) * count_targets(y)
+        total = sum_over_ranks(total, device if world > 1 else 'cpu')
+        losses[name] = (total[0] / total[1].clamp(min=1)).item()
+    return losses
 
 
 # --------------------------------------------------------------------------------------------------
 # The run
 
-def end_if_hung(seconds):
-    """End this process, with its stack, unless it is called again within so many seconds."""
-    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+def main(knobs, given, defaults):
+    """Train with these knobs, which are the globals as well; every rank its rows of each batch.
 
-
-def evaluate(model, data, phase, rows, device, autocast):
-    """data set -> mean loss in nats over eval_rows windows, spread over its validation split."""
-    losses, T, (rank, world) = {}, phase['block_size'], ranks()
-    for name in phase['data']:
-        end_if_hung(2 * hang_seconds)
-        there = data[name].n_windows('val', T)
-        n = min(eval_rows, there)
-        found = torch.zeros(2, dtype=torch.float64)              # sum of losses, how many
-        # in micro-batches of one shape, the last one with rows that do not count; each rank some
-        for i in range(rank * rows, n, world * rows):
-            windows = [min(j, n - 1) * there // n for j in range(i, i + rows)]
-            x, y = get_windows(data[name], 'val', windows, T, completion_only)
-            y[n - i:] = -1
-            with torch.no_grad(), autocast:
-                loss = model(x.to(device), y.to(device))[1].item()
-            targets = int((y >= 0).sum())
-            found += torch.tensor([loss * targets, targets], dtype=torch.float64)
-        if world > 1:
-            found = found.to(device)
-            dist.all_reduce(found)
-        losses[name] = (found[0] / found[1].clamp(min=1)).item()
-    return losses
-
-
-def reference_gap(proxy, recent, tokens, step_tokens):
-    """Mean of the last losses less that of the log `proxy` over the same tokens, in nats.
-
-    recent: losses of steps of step_tokens tokens each, of which the last one ended at `tokens`.
-    None where the log has not come so far.
+    given: {knob: value} as the user gave them, before check_knobs scaled them; defaults: {knob:
+    value} of this file. Both go into checkpoints and what --resume compares.
     """
-    first = tokens - len(recent) * step_tokens
-    if not proxy or proxy[-1]['tokens'] < tokens:
-        return None
-    theirs = [entry['loss'] for entry in proxy if first < entry['tokens'] <= tokens]
-    return statistics.fmean(recent) - statistics.fmean(theirs) if theirs else None
-
-
-def tell(line):
-    """Print a line beside the progress bar; that stdout takes none (a full disk) ends no run."""
-    try:
-        tqdm.write(line)
-    except OSError:                                              # log.jsonl has every step
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def tell_of_gradients(model, say):
-    """Say which parameters have the largest gradients, and whose are not finite."""
-    norms = {name: p.grad.norm().item() for name, p in model.named_parameters()}
-    odd = [name for name, norm in norms.items() if not math.isfinite(norm)]
-    largest = sorted(norms, key=norms.get)[:-6:-1]
-    say('gradients: ' + ', '.join(f'{name} {norms[name]:.3g}' for name in odd[:5] or largest)
-        + (f' (of {len(odd)} that are not finite)' if odd else ', the largest'))
-
-
-def add_up(state, bucket):
-    """DDP's hook for a bucket of gradients: their sum over the ranks, in reduce_dtype."""
-    # (in fp32 the bucket itself)
-    sent = dist.all_reduce(bucket.buffer().to(getattr(torch, reduce_dtype)), async_op=True)
-    return sent.get_future().then(lambda future: bucket.buffer().copy_(future.value()[0]))
-
-
-def keep_checkpoint(path, state, ends):
-    """Write a checkpoint; then delete those before it that are no longer to be kept."""
-    write_checkpoint(path, state)
-    if all(t.isfinite().all() for t in state['model'].values()):  # else they are the way back
-        prune(path.parent, keep, ends)
-
-
-def model_config(knobs):
-    """The XmodelConfig of these knobs; ValueError where no such model can be."""
-    shape = {f.name: knobs[f.name] for f in fields(XmodelConfig) if f.name in knobs}
-    return XmodelConfig(**shape, block_size=max(phase['block_size'] for phase in knobs['phases']))
-
-
-def read_start(path, config, check=True):
-    """The checkpoint `path`; ValueError, in one line, where this model cannot go on from it."""
-    start = read_checkpoint(path, check)
-    if (own := Path(start['path']).with_name('tokenizer.json')).exists():
-        raise ValueError(f'{own}: a model with a tokenizer of its own cannot read our data sets')
-    for line in changes(asdict(start['config']), asdict(config)):
-        if not line.startswith(('block_size', 'muon_lr_scaling')):
-            raise ValueError(f'{start["path"]} holds another model than this config: {line}')
-    for name, t in start['model'].items() if check and replay < 0 else ():       # or to see why
-        if not t.isfinite().all():
-            raise ValueError(f'{start["path"]}: {name} has values that are not finite')
-    return start
-
-
-def way_on(there, config):
-    """What to do where a run's last checkpoint is none to go on from; '' if no other is."""
-    for n in range(len(there) - 1, 0, -1):
-        with suppress(ValueError):
-            read_start(there[n - 1], config)
-            return (f'; --resume without {", ".join(file.name for file in there[n:])} goes on from '
-                    f'{there[n - 1].name}')
-    return ''
-
-
-def set_up(defaults, knobs, there, rank=0, path=''):
-    """(model's config, data, checkpoint to start from or None, whether that resumes, first step).
-
-    there: the checkpoints in out_dir; path: the one that rank 0 starts from. A mistake ends the
-    program in one line. Rank 0, which comes first, makes data sets that are missing, and tells what
-    the others need not repeat.
-    """
-    run = Path(out_dir)
-    if replay >= 0:
-        if not (run / 'run.json').exists():
-            fail(f'{run} holds no run whose step could be looked at again')
-        there = [file for file in there if int(file.stem[5:]) <= replay]
-    elif rank == 0 and not resume and (Path(run, 'log.jsonl').exists() or there):
-        fail(f'{run} holds a run already: --resume goes on with it, --out_dir=DIR starts another')
-    resuming, start, step = (resume or replay >= 0) and bool(there), None, 0
-    names = list(dict.fromkeys(name for phase in phases for name in phase['data']))
-    try:
-        config = model_config(globals())
-        if fp8:                                                  # before data are made
-            with torch.device('meta'):
-                convert_to_float8(Xmodel(config))
-        try:
-            if resuming or init_from:
-                start = read_start(path or (there[-1] if resuming else init_from), config,
-                                   rank == 0)
-        except ValueError as e:
-            fail(f'{e}{way_on(there, config) if resume else ""}')
-        if rank == 0 and replay < 0:
-            prepare_missing(data_dir, names, sources, vocab_size)
-        data = open_data(data_dir, names, vocab_size, sources)
-        if rank == 0:
-            check_ids(data_dir, data)
-        for phase in phases:
-            get_batch(data, phase['data'], [0], phase['block_size'], seed)     # weights are fit
-            for name, split in itertools.product(phase['data'], ('train', 'val')):
-                data[name].n_windows(split, phase['block_size'])
-    except ValueError as e:
-        fail(e)
-    knobs['data'] = {name: data[name].meta['train']['sha256'] for name in names}
-    if start:
-        # a knob that there was not then has its default
-        lines = changes(defaults | start['knobs'], knobs) if resuming else []
-        for line in lines:
-            if line.split(':')[0].split('.')[0] not in FREE:
-                fail(f'--resume goes on with the same run, but {line}; for a changed one: '
-                     f'--init_from={start["path"]} --out_dir=NEW')
-        lines += changes(start['made_by'], made_by()) if resuming and start['made_by'] else []
-        for line in lines:
-            if rank == 0 and not line.startswith(('resume:', 'replay:')):
-                tell(f'resume: {line}')
-        step = start['step'] if resuming or init_step < 0 else init_step
-        if 0 <= replay < step:
-            fail(f'{run} began at step {step}: there is no step {replay} to look at')
-        total = sum(phase['steps'] for phase in phases)
-        if step >= total:
-            fail(f'{start["path"]} is at step {step} of {total}: nothing is left to do'
-                 + (' (--init_step=0 starts anew with its weights)' if not resuming else ''))
-    if replay >= 0 and not there:                                # then from where it began
-        try:
-            told = json.loads((run / 'run.json').read_text())
-            told = {'knobs': dict(told['knobs']), 'first_step': told['first_step']}
-        except (ValueError, LookupError, TypeError):
-            fail(f'{run}/run.json is damaged, and there is no checkpoint at or before step '
-                 f'{replay} to begin with')
-        now, then = ({k: v for k, v in found.items() if k not in FREE - {'init_from'}}
-                     for found in (json.loads(json.dumps(knobs)), told['knobs']))
-        if now != then or step != told['first_step']:
-            fail(f'{run} has no checkpoint at or before step {replay}, and it began, or last went '
-                 'on, otherwise than this would, by its run.json')
-    return config, data, start, resuming, step
-
-
-def tell_of_disk(e):
-    """End the program in one line for an OSError: a full disk, a folder that is read-only."""
-    fail(f'{e.filename or out_dir}: {e.strerror or e}; what was saved before is whole')
-
-
-def rank_0_first(work, rank, world):
-    """Give all ranks what work() gives on rank 0; where it ends the program there, all end."""
-    found = code = None
-    if rank == 0:
-        try:
-            try:
-                found = work()
-            except OSError as e:
-                tell_of_disk(e)
-        except SystemExit as e:
-            code = e.code
-    told = [found, code]
+    # --- device and ranks: bf16 matmuls where the hardware has them, fp32 weights everywhere ---
+    world = int(os.environ.get('WORLD_SIZE', '1'))
+    device = pick_device(knobs.device, world)
+    bf16 = computes_in_bf16(knobs, device)
+    autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
     if world > 1:
-        dist.broadcast_object_list(told)
-    if told[1] is not None:
-        sys.exit(told[1])
-    return told[0]
-
-
-def check_knobs(world):
-    """End the program in one line where the knobs cannot be right for so many ranks."""
-    check_range(globals(), 1, 2**63, 'log_interval', 'eval_interval', 'eval_rows',
-                'checkpoint_interval', 'micro_batch_tokens')
-    check_range(globals(), 1, 2**16, 'fp8_amax_history_len')
-    check_range(globals(), 1, 2**22, 'hang_seconds')
-    check_range(globals(), 0, 2**63, 'seed', 'steps_scale', 'learning_rate', 'embedding_lr',
-                'weight_decay', 'grad_clip', 'keep', 'reference_margin')
-    check_range(globals(), -16, 17, 'fp8_margin')
-    check_range(globals(), 0, 1, 'beta1', 'beta2', 'momentum')
-    check_phases(phases, steps_scale)
-    check_range(globals(), -1, sum(phase['steps'] for phase in phases), 'replay')
-    for phase in phases:
-        if phase['batch'] % world:
-            fail(f'phase {phase["name"]!r}: batch={phase["batch"]} cannot be shared out evenly '
-                 f'among {world} ranks')
-        if fp8 and phase['block_size'] % 16:
-            fail(f'fp8: block_size of phase {phase["name"]!r} should be a multiple of 16')
-
-
-def main(defaults, knobs, rank, world):
-    """Train with these knobs, which are the globals as well; every rank its share of each batch."""
-    total = sum(phase['steps'] for phase in phases)
-    say = tell if rank == 0 else lambda line: None
-
-    # --- device and dtype: bf16 matmuls where the hardware has them, fp32 weights everywhere ---
-    where = device if device != 'auto' else 'cuda' if torch.cuda.is_available() else \
-        'mps' if torch.backends.mps.is_available() else 'cpu'
-    where = usable_device(f'cuda:{os.environ["LOCAL_RANK"]}' if where == 'cuda' and world > 1
-                          else where)
-    if where.type == 'cuda':
-        torch.cuda.set_device(where)
-    bf16 = has_bf16(where.type) if dtype == 'auto' else dtype == 'bfloat16'
-    autocast = torch.autocast(where.type, torch.bfloat16) if bf16 else nullcontext()
-    if world > 1:
-        dist.init_process_group('nccl' if where.type == 'cuda' else 'gloo',
-                                timeout=timedelta(seconds=3 * hang_seconds))
+        join_ranks(device, timeout=3 * hang_seconds)
+    rank = ranks()[0]
 
     # --- what the run starts from: nothing, its own newest checkpoint, or another run's ---
-    run, log_file, lock, found = Path(out_dir), Path(out_dir, 'log.jsonl'), None, None
-
-    def choose():
-        nonlocal lock, found
-        # locked before the checkpoint is chosen, which is rank 0's choice for all
-        lock = take_folder(run) if replay < 0 and run.is_dir() else None
-        there = checkpoints(run)
-        found = set_up(defaults, knobs, there)
-        return there, found[2] and found[2]['path']
-
-    there, path = rank_0_first(choose, rank, world)
-    config, data, start, resuming, step = found or set_up(defaults, knobs, there, rank, path)
-    if replay >= 0:
-        total = replay + 1
-
+    start = start_of_run(knobs, given, defaults)
+    data, state = start.data, start.state
     torch.manual_seed(seed)
-    try:
-        model = Xmodel(config).to(where)
-    except RuntimeError as e:                                    # the allocator's
-        fail(f'{where} cannot hold this model: {str(e).splitlines()[0]}')
-    tokens, kind, optimizers = 0, None, None                     # kind: 'adamw' or 'muon'
-    recent, watch = [], (-50, 0.0)          # last losses; (change of optimizer, limit after it)
-    if start:
-        model.load_state_dict(start.pop('model'))
-        if step == start['step']:
-            tokens, kind = start['tokens'], start['optimizer']
-            recent, watch = start['recent'], start['watch']
-        say(f'begins with {start["path"]}: weights'
-            + (f", {kind}'s state" if kind == phase_at(step)[0]['optimizer'] else ''))
+    with refusing_what_memory_cannot_hold(device):
+        model = Xmodel(start.config).to(device)
+    start.load_weights(model, phase_at(state.step)[0])
     model.activation_checkpointing = activation_checkpointing
-    scaling = None
-    if fp8:
-        try:
-            scaling = convert_to_float8(model, fp8 == 'dynamic', fp8_amax_history_len, fp8_margin,
-                                        E4M3 if fp8_format == 'e4m3' else E5M2)
-        except ValueError as e:
-            fail(e)
-        if start and start['fp8'] and step == start['step'] and fp8_amax_history_len == \
-                start['knobs']['fp8_amax_history_len']:          # else a new history begins
-            scaling.load_state_dict(start['fp8'])
+    scaling = delayed_scaling(model, knobs, start)               # FP8's scales, or None
+    proxy_log = open_folder(start, knobs, given, device)
+    print_plan(knobs, start, model, device)
 
-    proxy = []
-
-    def begin():
-        nonlocal lock, proxy
-        proxy = read_log(reference) if reference else []
-        lock = lock or take_folder(run)                          # kept open to the end
-        if checkpoints(run) != there or log_file.exists() and not resume:
-            fail(f'{run} holds a run by now, which began when this one did')
-        begin_folder(run, step if resuming else 0, {
-            'knobs': knobs, 'first_step': step, 'argv': sys.argv, 'device': str(where),
-            'bf16': bf16, 'ranks': world, 'threads': torch.get_num_threads(), **made_by()})
-
-    if replay < 0:
-        if world > 1:
-            dist.barrier()                                       # all have got so far
-        rank_0_first(begin, rank, world)
-
-    # --- the table of what is going to happen ---
-    size = [phase['steps'] * phase['batch'] * phase['block_size'] for phase in phases]  # in tokens
-    say(f'{"phase":9} {"steps":>8} {"batch x length":>15} {"tokens":>19}  optimizer  lr')
-    for phase, phase_tokens in zip(phases, size):
-        low, peak, end = (f'{learning_rate * times:.3g}' for times in phase['lr'])
-        lr = (f'{low} -> ' if phase['warmup'] else '') + peak
-        lr += f' -> {end}, {phase["decay"]}' if phase['decay'] != 'constant' else ', constant'
-        say(f'{phase["name"]:9} {phase["steps"]:8,} {phase["batch"]:>6} x {phase["block_size"]:<6} '
-            f'{phase_tokens:19,}  {phase["optimizer"]:9}  {lr}')
-    for name, d in data.items():
-        say(f'{data_dir}/{name}: {d.meta["train"]["tokens"]:,} tokens of {d.meta["sources"][0]}')
-    N = model.num_params(embedding=False)
-    say(f'{model.num_params():,} parameters, {N:,} outside the embedding; '
-        f'{sum(size):,} tokens, {sum(size) / N:.3g} a parameter outside it')
-    formats = ('bf16' if bf16 else 'fp32') + {False: '', True: ', FP8 in blocks',
-                                              'dynamic': ', dynamic FP8 in blocks'}[fp8]
-    say(f'{where}, {formats}, '
-        + (f'{world} ranks that add up gradients in {reduce_dtype}, each ' if world > 1 else '')
-        + f'{torch.get_num_threads()} threads, '
-        + (f'looks at step {replay} of' if replay >= 0 else 'to') + f' {run}'
-        + (', where there is no checkpoint yet' if resume and not resuming else ''))
-
-    # Compiling pays where eager would take minutes. On macOS and MPS users report NaN losses.
-    flops = [n * model.flops_per_token(phase['block_size']) for phase, n in zip(phases, size)]
-    compiler = sys.platform == 'linux' and any(map(shutil.which, ('g++', 'c++', 'clang++')))
-    pays = where.type == 'cuda' or (where.type == 'cpu' and compiler and sum(flops) > 2e13)
-    compiling = pays if compile == 'auto' else compile
+    # --- around the loop: see run.py ---
+    total_steps = sum(phase['steps'] for phase in phases)
+    if replay >= 0:
+        total_steps = replay + 1
+    compiler = Compiler(knobs, model, scaling, autocast)
+    watch = LossWatch(knobs, state, scaling, proxy_log)
+    files = RunFiles(knobs, given, start)
+    progress = Progress(knobs, model, state, total_steps)
+    signals = Signals()
 
     # --- the loop ---
-    net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
-    # Never freed: that would end gloo's group while holding Python's lock, and the group waits for
-    # threads of which one may want that lock to drop a tensor: a finished rank would hang.
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(net))
-    if world > 1:
-        net.register_comm_hook(None, add_up)
-    bar = tqdm(total=total, initial=step, unit='step', disable=True if rank else None)
-    ends = list(itertools.accumulate(phase['steps'] for phase in phases))
-    phase, compiled, skipped, speed = None, None, 0, []          # speed: FLOP/s of steps
-    signals, writer, writing, saved = [], ThreadPoolExecutor(1), None, step
-
-    def save():
-        """Write a checkpoint, from a copy, while training goes on; first the last one has to be."""
-        nonlocal writing, saved
-        end_if_hung(2 * hang_seconds)
-        saved = step
-        if writing:
-            writing.result()
-        moments = gather_state(optimizers)                       # from all ranks
-        if rank == 0:
-            state = {'model': {k: t.to('cpu', copy=True) for k, t in model.state_dict().items()},
-                     'config': asdict(config), 'step': step, 'tokens': tokens, 'recent': recent,
-                     'watch': watch, 'knobs': knobs, 'made_by': made_by(), 'optimizer': kind,
-                     'fp8': scaling and copy.deepcopy(scaling.state_dict()),
-                     'optimizer_state': moments}
-            writing = writer.submit(keep_checkpoint, run / f'step_{step}.pt', state, ends)
-
-    def on_signal(number, _):
-        # Ctrl-C for the second time; but torchrun passes the first one on to those who had it
-        if number == signal.SIGINT and signals and time.monotonic() - signals[0][1] > 1:
-            raise KeyboardInterrupt
-        signals.append((number, time.monotonic()))
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:        # by nohup
-            signal.signal(number, on_signal)
-    while step < total:
-        # A hang ends the job: torchrun ends the others and names the rank. From where ranks wait
-        # for one another on, they have twice the time: one that hangs in its data ends first.
+    net = data_parallel(model, getattr(torch, reduce_dtype))
+    phase = optimizers = None
+    for step in range(state.step, total_steps):
         end_if_hung(hang_seconds)
+        note = None
         if phase is not phase_at(step)[0]:                       # a phase begins, or this run does
             phase, first = phase_at(step)
-            T, share = phase['block_size'], phase['batch'] // world
-            rows = rows_of_a_micro_batch(share, T)
-            drawn, note = windows_before(phases, phase, seed), None
-            if optimizers is None or kind != phase['optimizer']:
+            T = phase['block_size']
+            rows = phase['batch'] // world                       # of this rank, in each batch
+            micro_batch = rows_of_a_micro_batch(rows, T, micro_batch_tokens)
+            read_before = windows_before(phases, phase, seed)    # of this T, no text comes twice
+            same_kind = phase['optimizer'] == state.optimizer
+            if optimizers is None or not same_kind:
                 optimizers = make_optimizers(phase['optimizer'], model.param_groups(weight_decay),
                                              (beta1, beta2), momentum, muon_split,
                                              torch.bfloat16 if bf16 else torch.float32)
-                if kind == phase['optimizer']:
-                    try:
-                        load_state(optimizers, start.pop('optimizer_state'))
-                    except ValueError as e:
-                        fail(f'{start["path"]}: {e}; --init_from with another --init_step begins '
-                             'with a fresh optimizer')
-                elif kind:
-                    note = f'optimizer {kind} -> {phase["optimizer"]}, with fresh state'
-                    # a spike: ten losses (so not two of a new mixture) 4 deviations up
-                    if recent:
-                        watch = (step, statistics.fmean(recent) + 4 * statistics.pstdev(recent))
-                kind = phase['optimizer']
-            say(f'step {step}: phase {phase["name"]}' + (f', {note}' if note else ''))
+                if same_kind:                                    # a checkpoint's run goes on
+                    start.load_moments(optimizers)
+                elif state.optimizer:                            # else step 0: nothing to keep
+                    # AdamW -> Muon, where the decay begins. All state is fresh, as in Xmodel-2.5:
+                    # AdamW keeps means of gradients and of their squares, Muon a sum of gradients.
+                    # (Embedding and gains stay with AdamW, but begin anew, too.) See docs/muon.md
+                    note = f'optimizer {state.optimizer} -> {phase["optimizer"]}, with fresh state'
+                    watch.expect_no_spike(step)
+                state.optimizer = phase['optimizer']
+            print_once(f'step {step}: phase {phase["name"]}' + (f', {note}' if note else ''))
 
-        # --- data: this rank's rows of the global batch, cut into micro-batches of (rows, T) ---
-        rows_of_step = [(step - first) * phase['batch'], (step - first + 1) * phase['batch']]
-        row = rows_of_step[0] + rank * share
-        micro = [get_batch(data, phase['data'], range(r, r + rows), T, seed, drawn, completion_only)
-                 for r in range(row, row + share, rows)]
-        sizes = [int((y >= 0).sum()) for _, y in micro]          # targets of each
-        if replay < 0:                                           # tells who hangs, and since when
-            (run / f'heartbeat_{rank}').write_text(f'step {step}, {time.ctime()}\n')
-        # (one message for both: how many targets, and whether to end)
-        counts = torch.tensor([float(sum(sizes)), float(len(signals))], device=where)
-        end_if_hung(2 * hang_seconds)
-        if world > 1:
-            dist.all_reduce(counts)
-        targets, signalled = counts[0].clamp(min=1), counts[1]   # (prompts alone have no target)
-        if signalled:                                            # some rank is to end
+        # --- data: this rank's rows of the batch, in micro-batches of (micro_batch, T) ---
+        batch_rows = [(step - first) * phase['batch'], (step - first + 1) * phase['batch']]
+        row = batch_rows[0] + rank * rows
+        micro_batches = [get_batch(data, phase['data'], range(r, r + micro_batch), T, seed,
+                                   read_before, completion_only)
+                         for r in range(row, row + rows, micro_batch)]
+        files.heartbeat(step)
+        end_if_hung(2 * hang_seconds)                            # one that hangs above ends first
+        targets = sum(count_targets(y) for _, y in micro_batches)
+        n_targets, n_signals = sum_over_ranks([float(targets), float(len(signals.received))],
+                                              device)
+        if n_signals:                                            # some rank is told to end
             break
-        graph = rows, T, scaling and scaling.own_amax
-        if compiling and graph != compiled:
-            say(model.try_compiled(*(t.to(where) for t in micro[0]), autocast))
-            compiled = graph
-            if scaling:
-                torch._foreach_zero_(scaling.amaxes)             # those of that trial
+        compiler.compile_for(*micro_batches[0])
 
-        # --- forward and backward: each micro-batch weighs as many targets as it has ---
-        began = time.perf_counter()                              # which nobody sets back
-        loss = torch.zeros((), device=where)
+        # --- forward, backward, step ---
+        began = time.perf_counter()
         if scaling:
             scaling.watch(fp8_monitor and step % log_interval == 0)
-        # names the operation (of compiled blocks, the block) whose gradient is the first NaN
-        torch.autograd.set_detect_anomaly(step == replay)
-        if step == replay:
-            say(f'step {step}: rows {rows_of_step[0]} to {rows_of_step[1] - 1} of phase '
-                f'{phase["name"]}')
-        for i, ((x, y), size) in enumerate(zip(micro, sizes), 1):
-            last = world == 1 or i == len(micro)                 # ranks add gradients up only once
-            with nullcontext() if last else net.no_sync():
-                with autocast:
-                    part = net(x.to(where), y.to(where))[1]
-                try:
-                    (part * (size / targets)).backward()
-                except RuntimeError as e:                        # by set_detect_anomaly
-                    if step != replay:
-                        raise
-                    fail(f'micro-batch {i} of {len(micro)} has loss {part.item()}; {e}')
-            loss += part.detach() * (size / targets)
-        if world > 1:
-            dist.all_reduce(loss)
-        if step == replay:
-            tell_of_gradients(model, say)
+        with replaying(step == replay, step, phase, batch_rows, model):
+            loss = forward_backward(net, micro_batches, n_targets.clamp(min=1), autocast)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-
-        lrs = dict(zip(('learning_rate', 'embedding_lr'), lr_at(step)))
         loss, grad_norm = loss.item(), grad_norm.item()
-        amax = scaling.collect() if scaling else torch.zeros(1)
-        if math.isfinite(loss + grad_norm) and amax.isfinite().all():
-            step_all(optimizers, lrs)
-            skipped = 0
+        passed = time.perf_counter()
+        amax = scaling.collect() if scaling else torch.zeros(0)
+        lr, lr_of_embedding = lr_at(step)
+        if watch.is_finite(step, loss, grad_norm, amax):         # else all ranks skip the step
+            step_all(optimizers, {'learning_rate': lr, 'embedding_lr': lr_of_embedding})
             if scaling:
                 scaling.update(amax)
         else:
-            skipped += 1                                         # in a row
-            what = (f'it has loss {loss}, gradient norm {grad_norm}'
-                    + (scaling.trace(amax) + '; with FP8 look at the type of the weights (fp32) '
-                       f'and at fp8_amax_history_len={fp8_amax_history_len} (128)'
-                       if scaling else ''))
-            say(f'step {step} is skipped: {what}; --replay={step} looks at it again')
             model.zero_grad(set_to_none=False)
-        if where.type != 'cpu':
-            torch.accelerator.synchronize()                      # the optimizer takes time, too
-        seconds = time.perf_counter() - began
+        if device.type != 'cpu':
+            torch.accelerator.synchronize()
+        ended = time.perf_counter()
 
-        # --- log ---
-        step_tokens = phase['batch'] * T
-        tokens += step_tokens
-        speed.append(step_tokens * model.flops_per_token(T) / seconds)
-        if len(speed) == 5:
-            left = sum(f * min(1, max(0, end - step) / p['steps'])
-                       for f, end, p in zip(flops, ends, phases))
-            say(f'about {left / statistics.median(speed) / 60:,.0f} minutes to go')
-        entry = {'step': step, 'phase': phase['name'], 'tokens': tokens, 'loss': loss,
-                 'lr': lrs['learning_rate'], 'embedding_lr': lrs['embedding_lr'],
-                 'grad_norm': grad_norm, 'tok_per_s': round(step_tokens / seconds, 1)}
+        # --- log, validate, save ---
+        state.step = step + 1
+        state.tokens += phase['batch'] * T
+        progress.time_step(phase, passed - began, ended - passed, step)
+        entry = {'step': step, 'phase': phase['name'], 'tokens': state.tokens, 'loss': loss,
+                 'lr': lr, 'embedding_lr': lr_of_embedding, 'grad_norm': grad_norm,
+                 'tok_per_s': round(phase['batch'] * T / (ended - began), 1)}
         if note:
-            entry['note'], note = note, None
+            entry['note'] = note
         if scaling and scaling.watched:
             entry['fp8'] = scaling.report()
-        if skipped:
-            entry |= {'skipped': True, 'rows': rows_of_step}
-        else:
-            # six deviations up, and not for a phase's other data or length
-            if len(recent) == 50 and step - first >= 50 and \
-                    loss > statistics.fmean(recent) + 6 * statistics.pstdev(recent):
-                entry |= {'spike': loss - statistics.fmean(recent), 'rows': rows_of_step}
-                say(f'step {step}: loss {loss:.3f} is a spike, {entry["spike"]:.3f} above the mean '
-                    f'of 50; --replay={step} looks at it again')
-            recent = recent[-49:] + [loss]
-        if 9 <= step - watch[0] < 50 and (mean := statistics.fmean(recent[-10:])) > watch[1]:
-            say(f'step {step}: loss {mean:.3f} after the change of optimizer is above '
-                f'{watch[1]:.3f}, 4 deviations over the 50 steps before: look at lr, weight decay')
-            watch = (-50, 0.0)
-        step += 1
-        phase_ends = step == first + phase['steps']
-        if replay < 0 and (step % eval_interval == 0 or phase_ends):
-            entry['val_losses'] = val = evaluate(model, data, phase, rows, where, autocast)
-            entry['val_loss'] = statistics.fmean(val.values(), phase['data'].values())
-            say(f'step {step}: validation loss' + ','.join(f' {k} {v:.4f}' for k, v in val.items()))
-            gap = reference_gap(proxy, recent, tokens, step_tokens) if step - first >= 50 else None
-            if gap is not None:
-                entry['reference_gap'] = gap
-                if gap > reference_margin:                       # a wider model's loss is lower
-                    say(f'step {step}: loss is {gap:.3f} above that of {reference}: look at µP\'s '
-                        "attention scale, embedding lr, matrices' lr (coord_check.py), if the "
-                        'knobs are the same but for the width')
-        if rank == 0 and replay < 0:
-            with open(log_file, 'a') as f:
-                f.write(json.dumps(entry) + '\n')
-        news = (f'{phase["name"]}: loss {loss:.4f}, {entry["tok_per_s"]:,.0f} tok/s, '
-                f'lr {entry["lr"]:.2e}')
-        bar.set_postfix_str(news, refresh=False)
-        bar.update()
-        if bar.disable and (step % log_interval == 0 or phase_ends):
-            say(f'step {step}/{total} {news}')
-        if skipped == 5 and replay < 0:
+        entry |= watch.record(step, first, loss, batch_rows)
+        phase_ends = state.step == first + phase['steps']
+        if replay < 0 and (state.step % eval_interval == 0 or phase_ends):
+            losses = evaluate(model, data, phase, micro_batch, device, autocast)
+            entry['val_losses'] = losses
+            entry['val_loss'] = statistics.fmean(losses.values(), phase['data'].values())
+            news = ','.join(f' {name} {value:.4f}' for name, value in losses.items())
+            print_once(f'step {state.step}: validation loss{news}')
+            entry |= watch.compare_with_reference(first, phase['batch'] * T)
+        files.log(entry)
+        progress.show(state.step, phase, entry, phase_ends)
+        if watch.skipped == 5 and replay < 0:
             break
+        if state.step % checkpoint_interval == 0 or phase_ends:
+            files.save(state, model, optimizers, scaling)
+        files.raise_errors()
 
-        # --- checkpoint ---
-        if replay < 0 and (step % checkpoint_interval == 0 or phase_ends):
-            save()
-        if writing and writing.done():
-            writing.result()                                     # which raises what went wrong
-    if step != saved and replay < 0:
-        save()
-    faulthandler.cancel_dump_traceback_later()
-    bar.close()
-    if writing:
-        writing.result()
-    if world > 1:
-        dist.barrier()                                           # until rank 0 has written
-        dist.destroy_process_group()
-    if skipped == 5 and replay < 0:
-        sys.exit(1 if rank else f'train.py: step {step - 1} is the fifth in a row that is not '
-                 f'finite: {what}; try a lower learning_rate')
-    if step < total:
-        number = signals[0][0] if signals else signal.SIGTERM
-        if replay < 0:
-            say(f'stopped by {signal.Signals(number).name} at step {step}, '
-                + ('which is saved' if checkpoints(run) else 'with nothing to save')
-                + ': --resume goes on')
-        sys.exit(128 + number)
-    if replay >= 0:
-        lines = log_file.read_text(errors='replace').splitlines() if log_file.exists() else []
-        right = [json.loads(line) for line in lines if step_of(line) == replay]
-        say(f'step {replay}: loss {loss!r}, gradient norm {grad_norm!r}'
-            + (f'; the log has {right[0]["loss"]!r}, {right[0]["grad_norm"]!r}' if right else ''))
-        return
-    say(f'done: {checkpoints(run)[-1]}; python sample.py {run} --prompt="def fib(n):"')
+    # --- the end ---
+    if state.step != files.saved:
+        files.save(state, model, optimizers, scaling)
+    stop_hang_timer()
+    progress.bar.close()
+    files.wait()
+    if state.step > replay >= 0:
+        print_replayed(knobs, loss, grad_norm)
+    end_of_run(knobs, files, watch, signals, state, total_steps)
 
 
 if __name__ == '__main__':
-    if sys.stderr is None:                                       # closed by who started this
-        sys.stderr = sys.__stderr__ = open(os.devnull, 'w')  # noqa: SIM115
-    defaults = knob_values(globals())
-    rank, world = (int(os.environ.get(key, n)) for key, n in (('RANK', '0'), ('WORLD_SIZE', '1')))
-    with nullcontext() if rank == 0 else redirect_stderr(io.StringIO()):     # rank 0 tells for all
+    with mistakes_printed_once():
+        defaults = knob_values(globals())
         configure(globals(), default='config/proxy20m.py')
-        knobs = copy.deepcopy(knob_values(globals()))
-        check_knobs(world)
-    if sys.stdout:
-        sys.stdout.reconfigure(line_buffering=True)              # a job's log shows what goes on
-    try:
-        main(defaults, knobs, rank, world)
-    except OSError as e:
-        tell_of_disk(e)
-    except KeyboardInterrupt:
-        print(f'train.py: stopped; --resume goes on from the newest checkpoint in {out_dir}',
-              file=sys.stderr)
-        sys.exit(130)
+        given = copy.deepcopy(knob_values(globals()))
+        knobs = SimpleNamespace(**knob_values(globals()))        # the same values, for run.py
+        check_knobs(knobs, int(os.environ.get('WORLD_SIZE', '1')))
+    with faults_in_one_line(out_dir):
+        main(knobs, given, defaults)

@@ -1,6 +1,6 @@
 """A small model of the recipe's shape for sweep.py, which sets its width, depth and learning rates.
 
-    python sweep.py transfer
+    python -m lab.sweep transfer
 
 Sizes as in the paper's grids: few layers, heads of 64 with one of keys and values, FFN 2.5 x width.
 Warmup, stable and decay in small; sweep.py lets AdamW take the decay as well, unless told muon. Of

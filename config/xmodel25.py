@@ -1,6 +1,6 @@
 """The full 1.3B run of Xmodel-2.5 (arXiv 2511.19496), from its released training scripts.
 
-    torchrun --standalone --nproc_per_node=8 train.py config/xmodel25.py
+    torchrun --standalone --nproc_per_node=8 --shutdown-timeout=110 train.py config/xmodel25.py
 
 1.4T tokens in the stable phases, then 112B in decay and long context. The data sets below are not
 built in: make each from its text with data_prep.py, as train.py says in one line for a missing one.
@@ -25,6 +25,7 @@ _stable = {
     'stackexchange': 0.009, 'reddit': 0.0391, 'pes2o': 0.0285, 'megawika': 0.0023,
     'tulu-flan': 0.0078,
 }
+# the paper's weights add up to 0.99999; the loader divides by their sum
 _decay = {
     'sft-mixed': 0.6687, 'ultrafineweb-en': 0.18725, 'ultrafineweb-zh': 0.03716,
     'starcoder': 0.02209, 'books': 0.00287, 'algebraic-stack': 0.01722, 'open-web-math': 0.01722,

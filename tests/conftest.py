@@ -1,4 +1,5 @@
 """What several tests share: a tiny curriculum, its data, and running a script as a user does."""
+import ast
 import json
 import multiprocessing
 import os
@@ -6,10 +7,12 @@ import os
 os.environ.setdefault('OMP_NUM_THREADS', '1')     # before torch: two test processes share two cores
 
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -32,11 +35,22 @@ log_interval, eval_interval, eval_rows, checkpoint_interval = 1, 6, 8, 3
 """
 
 
+os.environ['PYTHONPATH'] = str(ROOT)                             # for python -m lab.NAME, anywhere
 os.environ['HF_ENDPOINT'] = 'http://127.0.0.1:9'                 # no test reaches the hub
 # forks processes that have imported what takes seconds, and have done nothing else
 SERVER = multiprocessing.get_context('forkserver')
 SERVER.set_forkserver_preload(['torch', 'torch._dynamo', 'numpy', 'tiktoken', 'tqdm',
                                'lm_eval.evaluator'])
+
+
+def pytest_configure(config):
+    # datasets keeps what it has read by its folder's name, whatever has changed in there: so an
+    # earlier run of the tests would decide what this one reads
+    os.environ['HF_HOME'] = tempfile.mkdtemp()
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(os.environ['HF_HOME'], ignore_errors=True)
 
 
 def be(argv, cwd, files, env=()):
@@ -46,12 +60,15 @@ def be(argv, cwd, files, env=()):
         os.dup2(os.open(file, os.O_RDWR), n)
     sys.stdin, sys.argv, sys.path[0] = os.fdopen(0), argv, str(ROOT)
     os.chdir(cwd)
-    runpy.run_path(argv[0], run_name='__main__')
+    if argv[0].endswith('.py'):
+        runpy.run_path(argv[0], run_name='__main__')
+    else:                                                        # as python -m does
+        runpy.run_module(argv[0], run_name='__main__', alter_sys=True)
 
 
 def run(script, *args, cwd=ROOT, stdin='', preexec_fn=None):
-    """The finished process of `python script args`; its output as text."""
-    argv = [str(ROOT / script), *map(str, args)]
+    """The finished process of `python script args`, or of `python -m lab.NAME args`, with text."""
+    argv = [str(ROOT / script) if script.endswith('.py') else script, *map(str, args)]
     if preexec_fn:
         return subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=False,
                               cwd=cwd, preexec_fn=preexec_fn)
@@ -141,6 +158,41 @@ def make_run(folder, tiny):
     done = run('train.py', *tiny, f'--out_dir={folder}')
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def make_chain(folder, ids, vocab_size=512):
+    """A run folder whose model answers each of `ids` by the next one, and the last by itself."""
+    # not above: tests/faults.py, as a script, cannot find it when it imports this file
+    from model import Xmodel, XmodelConfig
+    c = XmodelConfig(n_layer=1, n_head=1, n_kv_head=1, n_embd=32, n_ffn=32, vocab_size=vocab_size,
+                     block_size=256)
+    state = {name: torch.zeros_like(p) if 'blocks' in name else p.detach()
+             for name, p in Xmodel(c).named_parameters()}      # branches add nothing
+    # Rows v_k = 3^k (e_k + e_k+1) of the matrix for input and output: v_k times itself is 2 · 9^k,
+    # times the next 3 · 9^k, times the one before less, and times all others 0
+    state['embed.weight'] = torch.zeros(vocab_size, 32)
+    for k, i in enumerate(ids):
+        state['embed.weight'][i, k:k + 2] = 3.0**k
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({'config': asdict(c), 'model': state}, folder / 'step_0.pt')
+    return folder
+
+
+def modules_of_a_run():
+    """Names of our modules that train.py imports, by whatever way, itself included."""
+    def imported(name):
+        for node in ast.walk(ast.parse((ROOT / f'{name}.py').read_text(encoding='utf-8'))):
+            if isinstance(node, ast.ImportFrom):
+                yield node.module
+            elif isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+
+    found, new = set(), {'train'}
+    while new:
+        found |= new
+        named = {other for name in new for other in imported(name)}
+        new = {name for name in named if (ROOT / f'{name}.py').exists()} - found
+    return sorted(found)
 
 
 @pytest.fixture(scope='session')

@@ -54,7 +54,8 @@ TABLE = ROOT / 'results' / 'reliability.md'
 
 # A config file that calls _before(step, rank) before each step; _steps has one entry for each begun
 INJECT = """
-import math, os, resource, signal, sys, time, types
+import math, os, resource, shutil, signal, sys, time, torch, types
+import torch.distributed as _dist
 _main, _steps, _rank = sys.modules['__main__'], [], os.environ.get('RANK', '0')
 _get_batch, _Xmodel = _main.get_batch, _main.Xmodel
 def _before(step):
@@ -233,7 +234,7 @@ def too_little_space_for_a_checkpoint(at):
     done = train(at, inject(at, """
 def _before(step):
     if step == 5:
-        _main.shutil.disk_usage = lambda path: types.SimpleNamespace(free=70_000)
+        shutil.disk_usage = lambda path: types.SimpleNamespace(free=70_000)
 """))
     return resumed(at), code_of(done), done.stderr
 
@@ -464,8 +465,8 @@ INT_TWICE = """
 def _before(step):
     if step == 5:
         os.kill(os.getpid(), signal.SIGINT)
-        now = time.monotonic()
-        _main.time = types.SimpleNamespace(monotonic=lambda: now + 2)       # two seconds later
+        now = time.monotonic()                                  # two seconds later
+        sys.modules['run'].time = types.SimpleNamespace(monotonic=lambda: now + 2)
         os.kill(os.getpid(), signal.SIGINT)
 """
 KILL = TERM.replace('TERM', 'KILL')
@@ -484,12 +485,12 @@ def a_rank_is_killed(at):
 def a_collective_while_ranks_end(at):
     """A thread of gloo's drops a tensor, which takes Python's lock, as the group is taken down."""
     processes = start(at, inject(at, """
-_leave = _main.dist.destroy_process_group
+_leave = _dist.destroy_process_group
 def _leave_late():
     sys.setswitchinterval(1000)                                  # nobody is asked for the lock
-    _main.dist.all_reduce(_main.torch.zeros(1 << 24), async_op=True)
+    _dist.all_reduce(torch.zeros(1 << 24), async_op=True)
     _leave()
-_main.dist.destroy_process_group = _leave_late
+_dist.destroy_process_group = _leave_late
 """), world=2)
     for process in processes:
         process.join(60)
@@ -603,11 +604,11 @@ def nan_gradient_on_one_rank(at):
     done = train_ranks(at, inject(at, """
 def _bad(step):
     return step == 5 and _rank == '1'
-_leave = _main.dist.destroy_process_group
+_leave = _dist.destroy_process_group
 def _save_and_leave():
-    _main.torch.save(_models[-1].state_dict(), os.path.join(_main.out_dir, 'weights_' + _rank))
+    torch.save(_models[-1].state_dict(), os.path.join(_main.out_dir, 'weights_' + _rank))
     _leave()
-_main.dist.destroy_process_group = _save_and_leave
+_dist.destroy_process_group = _save_and_leave
 """ + NAN_GRADIENT))
     ours, theirs = log(at.folder / 'RUN'), log(at.of_two_ranks())
     weights = [torch.load(at.folder / 'RUN' / f'weights_{rank}') for rank in (0, 1)]

@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import statistics
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,7 @@ from conftest import run
 from test_model import granite as oracle
 from torch import nn
 
-import bench
-import plan
+from lab import bench, roofline
 from model import Xmodel, XmodelConfig
 
 C = XmodelConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=64, n_ffn=96, vocab_size=96, block_size=8)
@@ -20,7 +20,7 @@ SMALL = ['--n_layer=1', '--n_head=2', '--n_embd=64', '--n_ffn=96', '--vocab_size
 
 
 def bench_run(*flags):
-    return run('bench.py', *SMALL, *flags)
+    return run('lab.bench', *SMALL, *flags)
 
 
 def test_granite_is_the_network_that_test_model_holds_against_ours():
@@ -39,6 +39,21 @@ def test_peak_memory_is_the_process_own():
         pool.apply(torch.ones, [2**26])                          # 256 MiB
         after = pool.apply(bench.peak_memory, ['cpu'])
     assert before < ballast.nbytes and 2**28 <= after - before < 2**30
+
+
+def test_of_the_peak_all_is_told_apart_that_outlives_a_step(monkeypatch):
+    told, asked = [], iter([True, False])
+    monkeypatch.setattr(bench, 'peak_memory', lambda device: 0)
+    pipe = SimpleNamespace(recv=lambda: next(asked), send=told.append)
+    bench.worker(pipe, 'ours-eager', C, 1, 'cpu', 'float32')
+    model = Xmodel(C)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 8, dtype=torch.long))[0].sum().backward()
+    optimizer.step()
+    kept = [t for p in model.parameters() for t in (p, p.grad)] + [
+        t for state in optimizer.state.values() for t in state.values() if t.dim()]
+    (_, (whole, rest)), = told
+    assert whole - rest == pytest.approx(sum(t.nbytes for t in kept) / 1e6)
 
 
 def test_run(tmp_path):
@@ -79,11 +94,11 @@ def test_linears_are_timed(monkeypatch):
     monkeypatch.setattr(nn.Module, 'compile', lambda self, **kw: None)
     found = bench.time_linears(replace(C, block_size=16), 1, 'cpu', passes=1)
     assert list(found) == ['attn.qkv', 'attn.out', 'ffn.gate_up', 'ffn.down']
-    assert all([len(times[way]) for way in plan.WAYS] == [2, 2, 2] for times in found.values())
+    assert all([len(times[way]) for way in roofline.WAYS] == [2, 2, 2] for times in found.values())
 
 
 def test_without_a_gpu_fp8_prints_the_estimate_and_says_so(tmp_path):
-    done = run('bench.py', '--fp8', '--device=cpu', f'--json={tmp_path / "fp8.json"}')
+    done = run('lab.bench', '--fp8', '--device=cpu', f'--json={tmp_path / "fp8.json"}')
     assert (done.returncode, done.stderr) == (0, '')
     assert '14848 x 1536 x 7680' in done.stdout and 'There is no GPU here' in done.stdout
     assert max(map(len, done.stdout.splitlines())) < 150

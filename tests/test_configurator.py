@@ -1,4 +1,5 @@
 """configurator.py: what overrides what, which types pass, and one line for every mistake."""
+import math
 import os
 import subprocess
 import sys
@@ -6,7 +7,7 @@ import sys
 import pytest
 
 import configurator
-from configurator import configure, fail, int_list, knob_values
+from configurator import check_range, configure, fail, int_list, knob_values
 
 SCRIPT = '''"""What the script does."""
 import os
@@ -109,6 +110,19 @@ def test_int_list(capsys, text, least, right):
     assert f'widths={text!r} should be' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('value, right', [
+    (0, True), (0.5, True), (-1e-9, False), (1, False), (math.inf, False), (-math.inf, False),
+    (math.nan, False)])
+def test_check_range_takes_the_lower_bound_and_leaves_the_upper(capsys, value, right):
+    knobs = {'beta1': 0.9, 'beta2': value}
+    if right:
+        assert check_range(knobs, 0, 1, 'beta1', 'beta2') is None
+        return
+    with pytest.raises(SystemExit):
+        check_range(knobs, 0, 1, 'beta1', 'beta2')
+    assert f'beta2={value} should be at least 0 and below 1' in capsys.readouterr().err
+
+
 def test_the_last_of_repeated_flags_wins(run):
     assert run('--seed=1', '--seed=2')['seed'] == 2
 
@@ -177,6 +191,8 @@ def test_positional(run, error):
     '--seed=True': '--seed=True: True should be of type int',
     '--seed=': "--seed=: '' should be of type int",
     '--seed=__import__("os")': '--seed=__import__("os"): ',
+    '--lr': "--lr (without =VALUE): True should be of type float",
+    '--lr=True': '--lr=True: True should be of type float',
     '--lr=fast': "--lr=fast: 'fast' should be of type float",
     '--resume=1': '--resume=1: 1 should be True or False',
     '--shape=[1]': '--shape=[1]: [1] should be of type tuple',

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import refused, run
 
-import coord_check
+from lab import coord_check
 from model import Xmodel, apply_rope, rope_angles
 
 SMALL = {'widths': '64,128,256', 'n_layer': 2, 'steps': 2, 'seeds': 2,
@@ -100,6 +100,17 @@ def test_what_is_recorded_is_what_the_network_computes(monkeypatch):
     assert torch.allclose(x + 1.4 / math.sqrt(2) * branches, seen['residual stream'][0])
 
 
+def test_each_seed_has_an_init_of_its_own():
+    c = coord_check.config_of(64, 'heads', '1/sqrt(m)')
+    idx = torch.randint(512, (2, 16), generator=torch.Generator().manual_seed(0))
+    lrs = {'learning_rate': 0.01, 'embedding_lr': 0.01}
+    a, b, again = (coord_check.coordinates(c, [(idx, idx)], 'adamw', lrs, seed)
+                   for seed in (1, 2, 1))
+    assert a == again
+    for quantity in ('embedding', 'residual stream', 'logits'):
+        assert a[0][quantity][0] != b[0][quantity][0]            # the size at init
+
+
 def test_slope():
     assert coord_check.slope([64, 128, 512], [3 * n**-0.7 for n in (64, 128, 512)]) == \
         pytest.approx(-0.7)
@@ -107,7 +118,7 @@ def test_slope():
 
 def test_as_a_program(tmp_path, data_dir):
     knobs = [f'--{key}={value}' for key, value in SMALL.items()]
-    done = run('coord_check.py', '--break=logits', *knobs, f'--data_dir={data_dir}', cwd=tmp_path)
+    done = run('lab.coord_check', '--break=logits', *knobs, f'--data_dir={data_dir}', cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, '')
     assert (tmp_path / 'results/coord_check/logits.json').exists()
 
@@ -123,6 +134,6 @@ def test_as_a_program(tmp_path, data_dir):
     ('--mup_rules=sp --optimizer=muon', "Muon's lr, and sp has none"),
     ('--vary=heigth', "--vary=heigth: 'heigth'"), ('--learning_rate=nan', 'learning_rate=nan')])
 def test_a_mistake_gets_one_line(tmp_path, data_dir, flag, says):
-    assert says in refused(run('coord_check.py', *flag.split(), f'--data_dir={data_dir}',
+    assert says in refused(run('lab.coord_check', *flag.split(), f'--data_dir={data_dir}',
                                '--vocab_size=512', cwd=tmp_path))
     assert not list(tmp_path.iterdir())

@@ -17,16 +17,9 @@ import pytest
 import torch
 
 import data_prep
-from data_prep import (
-    arith,
-    count_draws,
-    get_batch,
-    get_windows,
-    open_data,
-    permute,
-    prepare,
-    windows_before,
-)
+import loader
+from data_prep import arith, prepare
+from loader import count_draws, get_batch, get_windows, open_data, permute, windows_before
 from tokenizer import EOS_ID, get_tokenizer
 
 V = 512
@@ -440,7 +433,7 @@ def test_an_epoch_has_every_window_once_in_another_order(sets, name, T):
     assert epochs[0] != in_order and epochs[0] != epochs[1]
     other_seed = get_batch(sets, {name: 1}, range(n), T, 4)[0].tolist()
     assert [tuple(x) for x in other_seed] != epochs[0]
-    started = get_batch(sets, {name: 1}, range(n - 5), T, 3, start={name: 5})[0].tolist()
+    started = get_batch(sets, {name: 1}, range(n - 5), T, 3, drawn_before={name: 5})[0].tolist()
     assert [tuple(x) for x in started] == epochs[0][5:]
 
 
@@ -476,8 +469,8 @@ def test_the_counted_draws_are_the_drawn(sets):
     class Fake:
         def __init__(self, k):
             self.k, self.masks, self.tokens = k, {}, {'train': np.full(10**6, k)}
-            self.n_windows, self.spans = data_prep.Dataset.n_windows.__get__(self), \
-                data_prep.Dataset.spans.__get__(self)
+            self.n_windows, self.spans = loader.Dataset.n_windows.__get__(self), \
+                loader.Dataset.spans.__get__(self)
     data = {name: Fake(k) for k, name in enumerate(XMODEL)}
     drawn = get_batch(data, XMODEL, range(2500), 4, 5)[0][:, 0].tolist()
     for n in (0, 1, 999, 1000, 1001, 1777, 2500):
@@ -610,6 +603,18 @@ def test_completion_only_has_loss_on_completions_alone(sets):
     assert torch.equal(*plain)
     batch = get_batch(sets, {'arith': 1}, range(8), T, 1, completion_only=True)[1]
     assert 0 < (batch >= 0).sum() < (get_batch(sets, {'arith': 1}, range(8), T, 1)[1] >= 0).sum()
+
+
+def test_two_runs_that_make_the_same_data_set_do_not_collide(tmp_path, monkeypatch):
+    prepare('arith', tmp_path / 'x', vocab_size=512, num_docs=50)
+    first = {file.name: file.read_bytes() for file in (tmp_path / 'x').iterdir()}
+    real = os.path.exists
+    # as if the other had finished after this one had looked
+    monkeypatch.setattr(data_prep.Path, 'exists', lambda self: self.name != 'x' and real(self))
+    with pytest.raises(ValueError, match='x exists by now, another process has made it'):
+        prepare('arith', tmp_path / 'x', vocab_size=512, num_docs=60)
+    assert os.listdir(tmp_path) == ['x']
+    assert {file.name: file.read_bytes() for file in (tmp_path / 'x').iterdir()} == first
 
 
 def test_plain_text_after_sft_documents_is_a_completion_throughout(tmp_path):

@@ -1,5 +1,7 @@
 """eval.py's own scores and its table, beside float64 and what is known."""
 import math
+import sys
+from pydoc_data.topics import topics
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +9,8 @@ import torch
 
 import eval as script
 from checkpoint import load_model
-from data_prep import get_windows, open_data
+from loader import get_windows, open_data
+from tokenizer import get_tokenizer
 
 
 def test_the_validation_loss_is_that_of_float64(tiny_run, data_dir, monkeypatch):
@@ -100,9 +103,15 @@ def test_the_papers_columns_stand_beside_its_own_settings_alone():
     assert whole['arc_challenge'] == \
         ('arc_challenge', '25', '50', 'acc_norm', 1.0, 1.0, 46.16, 30.63)
     assert whole['gsm8k'][3:] == ('exact_match,strict-match', 8.0, 1.0, 56.56, 1.59)
-    assert whole['minerva_math'][-2:] == whole['ceval-valid'][-2:-2] + (None, None)
-    assert len(whole) == 13 and not any(
-        row[-2:] != (None, None) for row in rows if row[0] == 'a_part_of_it')
+    # as the paper has them: the released model's score, and that at the end of stable 1
+    assert {name: row[-2:] for name, row in whole.items()} == {
+        'arc_challenge': (46.16, 30.63), 'arc_easy': (None, 60.06), 'piqa': (None, 70.35),
+        'hellaswag': (None, 55.19), 'winogrande': (None, 59.59), 'bbh': (None, 26.23),
+        'mmlu': (49.98, 26.28), 'gsm8k': (56.56, 1.59), 'minerva_math': (None, None),
+        'humaneval': (None, 0.0), 'mbpp': (None, 5.4), 'cmmlu': (44.29, 24.88),
+        'ceval-valid': (43.16, 27.64)}
+    parts = [row[-2:] for row in rows if row[0] == 'a_part_of_it']
+    assert len(parts) >= 13 and set(parts) == {(None, None)}
     assert rows[-1] == ('average of the 13', '', '', '', pytest.approx(7.0), None, 52.49, None)
     table['tasks']['arc_easy'] = entry('arc_easy', 2, shots=0)     # no longer the paper's
     table['tasks']['piqa'] = entry('piqa', 3, limit=50)
@@ -110,6 +119,10 @@ def test_the_papers_columns_stand_beside_its_own_settings_alone():
     assert rows[-1][0] != 'average of the 13'
     assert {row[-2:] for row in rows if row[0] in ('arc_easy', 'piqa')} == {(None, None)}
     assert {row[2] for row in rows if row[0] == 'piqa'} == {'first 50'}
+    # the others keep theirs
+    assert {row[0]: row[-2:] for row in rows if row[0] in ('arc_challenge', 'hellaswag')
+            and row[-2:] != (None, None)} == {'arc_challenge': (46.16, 30.63),
+                                              'hellaswag': (None, 55.19)}
 
 
 def test_the_papers_shots_are_kept_beside_a_tasks_name(tiny_run, monkeypatch, tmp_path):
@@ -121,6 +134,33 @@ def test_the_papers_shots_are_kept_beside_a_tasks_name(tiny_run, monkeypatch, tm
         with pytest.raises(SystemExit):
             script.main()
     assert wanted[0] == wanted[1] == {n: p[0] for n, p in script.PAPER.items()} | {'swag': None}
+    for shots in (0, 2):                                           # but for a number of one's own
+        monkeypatch.setattr(script, 'num_fewshot', shots)
+        with pytest.raises(SystemExit):
+            script.main()
+        assert wanted[-1] == dict.fromkeys(wanted[0], shots)
+
+
+def test_some_windows_of_wikitext_stand_for_all_its_words_and_bytes(tiny_run, monkeypatch):
+    lines = [line for text in sorted(topics.values()) for line in text.splitlines()][:400]
+    text, model = '\n\n'.join(lines), load_model(tiny_run)[0]
+    hub = SimpleNamespace(load_dataset=lambda *args, **knobs: {'text': lines})
+    monkeypatch.setitem(sys.modules, 'datasets', hub)
+    monkeypatch.setattr(script, 'limit', 3)
+    monkeypatch.setattr(script, 'lengths', '64')
+    found = script.wikitext2(model, get_tokenizer(512))['wikitext2_64']
+    ids = torch.tensor(get_tokenizer(512).encode_ordinary(text))
+    x, y = ids[:192].view(3, 64), ids[1:193].view(3, 64)
+    with torch.no_grad():
+        logprobs = model.double()(x)[0].log_softmax(-1)
+    nll = -logprobs.gather(2, y[:, :, None]).mean().item()        # nats a token
+    assert found['sample_len'] == 192 and len(ids) > 5000
+    assert found['perplexity'] == pytest.approx(math.exp(nll), rel=1e-5)
+    # of a word or a byte: by how many tokens it has on average in the whole text
+    assert found['word_perplexity'] == pytest.approx(
+        math.exp(nll * len(ids) / len(text.split())), rel=1e-4)
+    assert found['bits_per_byte'] == pytest.approx(
+        nll / math.log(2) * len(ids) / len(text.encode()), rel=1e-5)
 
 
 def test_scores_of_other_weights_are_not_kept(tiny_run, tmp_path):

@@ -9,7 +9,7 @@ from conftest import log, run
 
 import train
 from checkpoint import checkpoints, load_model
-from data_prep import get_windows, open_data
+from loader import get_windows, open_data
 
 NAMES = ['arith', 'stdlib']                                      # SFT data and plain text
 

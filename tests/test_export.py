@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import runpy
 import shutil
 import sys
@@ -9,7 +10,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import ROOT, refused, run
+from conftest import ROOT, log, refused, run
 from test_tokenizer import original
 
 import export
@@ -98,7 +99,8 @@ def test_out_and_in_again_is_bit_for_bit(tmp_path, form):
                  'vocab_size': 777, 'attention_multiplier': 0.05}),
     ('Llama', {}), ('Llama', {'num_key_value_heads': None, 'hidden_size': 96}),
     ('Llama', {'rope_parameters': {'rope_type': 'default', 'rope_theta': 1234.0}}),
-    ('Llama', {'older': {'rope_theta': 1234.0, 'rope_scaling': None}})])
+    ('Llama', {'older': {'rope_theta': 1234.0, 'rope_scaling': None}}),
+    ('Llama', {'older': {}})])                                   # transformers' own base
 def test_models_made_by_transformers_are_read(tmp_path, kind, knobs):
     knobs, older = dict(knobs), knobs.get('older')
     knobs.pop('older', None)
@@ -114,7 +116,7 @@ def test_models_made_by_transformers_are_read(tmp_path, kind, knobs):
         for p in theirs.parameters():                            # gains are not all the same
             p.add_(0.1 * torch.randn_like(p))
     theirs.save_pretrained(tmp_path / 'hf')
-    if older:
+    if older is not None:
         config = json.loads((tmp_path / 'hf/config.json').read_text())
         del config['rope_parameters']
         (tmp_path / 'hf/config.json').write_text(json.dumps(config | older))
@@ -173,6 +175,18 @@ def test_the_tokenizer_goes_with_it(tmp_path, vocab_size):
         chat_prompt(turns[:2]) + ' Yes?' + theirs.eos_token
 
 
+def test_transformers_continues_a_batch_of_prompts_as_each_alone(exported):
+    theirs = transformers.AutoTokenizer.from_pretrained(exported / 'hf')
+    model, tokenizer = load_model(exported / 'run')[0], get_tokenizer(SMALL.vocab_size)
+    prompts = ['def f(x):\n    return', 'a', 'Question: what is']
+    batch = theirs(prompts, padding=True, return_tensors='pt')
+    said = load(exported / 'hf').generate(**batch, max_new_tokens=20, do_sample=False,
+                                          eos_token_id=None)
+    for prompt, row in zip(prompts, said[:, batch['input_ids'].size(1):].tolist()):
+        ids = tokenizer.encode_ordinary(prompt)
+        assert row == [t.item() for t, _ in generate(model, [ids], 20, 0.0)]
+
+
 def test_another_models_tokenizer_stays_with_it(exported, tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
     hf = shutil.copytree(exported / 'hf', tmp_path / 'hf')
@@ -182,10 +196,12 @@ def test_another_models_tokenizer_stays_with_it(exported, tmp_path):
     theirs.add_special_tokens(['a!'])
     theirs.save(str(hf / 'tokenizer.json'))
     (hf / 'generation_config.json').write_text('{"eos_token_id": [7, 9]}')
+    config = json.loads((hf / 'config.json').read_text())
+    (hf / 'config.json').write_text(json.dumps(config | {'bos_token_id': 5}))
     done = run('export.py', '--from_hf', hf, tmp_path / 'run')
     assert done.returncode == 0 and 'with a tokenizer of its own' in done.stdout
     about = read_checkpoint(tmp_path / 'run')
-    assert about['eos_ids'] == [7, 9]
+    assert (about['bos_id'], about['eos_ids']) == (5, [7, 9])
     read = tokenizer_of(about)
     assert read.encode_ordinary('c b a') == [2, 1, 0] and read.decode([2, 1, 0]) == 'c b a'
     assert 26 not in read.encode_ordinary('a!')                  # text makes no special token
@@ -217,6 +233,15 @@ def test_the_model_card_tells_of_the_run(tiny_run, tmp_path):
     assert (tmp_path / 'hf/model.safetensors').stat().st_mode == \
         (tmp_path / 'hf/config.json').stat().st_mode
     assert load(tmp_path / 'hf').generation_config.eos_token_id == EOS_ID
+
+
+def test_the_card_of_an_earlier_checkpoint_has_the_losses_of_its_own_step(tiny_run, tmp_path):
+    assert run('export.py', tiny_run / 'step_16.pt', tmp_path / 'hf').returncode == 0
+    card, lines = (tmp_path / 'hf/README.md').read_text(), log(tiny_run)
+    assert 'after 16 steps' in card and 'After 16 steps:' in card
+    told = dict(re.findall(r'^\| (\w+) \| (\d+\.\d+) \|$', card, re.MULTILINE))
+    assert told == {name: f'{loss:.4f}' for name, loss in lines[15]['val_losses'].items()}
+    assert told != {name: f'{loss:.4f}' for name, loss in lines[19]['val_losses'].items()}
 
 
 def test_the_13b_model_has_llamas_tensors():

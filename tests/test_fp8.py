@@ -16,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fp8
+import start
 import train
 from checkpoint import checkpoints, read_checkpoint
 from fp8 import E4M3, E5M2, convert_to_float8
@@ -587,13 +588,13 @@ def train_here(monkeypatch, *args):
         first.data.div_(1e6), later.data.fill_(1)
         return out
 
-    def try_compiled(self, x, y, autocast):
+    def try_compile(model, x, y, autocast):
         """Leaves amaxes, as a trial does."""
-        torch._foreach_add_(self.blocks[0].attn.qkv.scaling.amaxes, 1e9)
+        torch._foreach_add_(model.blocks[0].attn.qkv.scaling.amaxes, 1e9)
         return f'trial of {len(x)} x {x.size(1)} after step {len(seen)}'
     with monkeypatch.context() as patch:
         patch.setattr(Xmodel, 'hidden', hidden)
-        patch.setattr(Xmodel, 'try_compiled', try_compiled)
+        patch.setattr('run.try_compile', try_compile)
         bad += [int(n) for arg in args if arg.startswith('bad=') for n in arg[4:].split(',')]
         patch.setattr(sys, 'argv', ['train.py', *(a for a in args if not a.startswith('bad='))])
         runpy.run_path(str(ROOT / 'train.py'), run_name='__main__')
@@ -629,7 +630,7 @@ def test_another_history_or_step_begins_anew(tiny, tmp_path, monkeypatch):
 
 def test_knobs_that_decide_what_is_learned_are_fixed_on_resume():
     knobs = {name for name in vars(train) if name.startswith('fp8')}
-    assert knobs & train.FREE == {'fp8_monitor'} and len(knobs) == 5
+    assert knobs & start.FREE == {'fp8_monitor'} and len(knobs) == 5
 
 
 def test_monitoring_changes_nothing_and_watches_logged_steps_alone(tiny, tmp_path, monkeypatch):
@@ -647,6 +648,16 @@ def test_monitoring_changes_nothing_and_watches_logged_steps_alone(tiny, tmp_pat
     jumps = [report['input']['jump'] for report in reports.values()]
     assert jumps[0] == 0 and max(jumps) > 0
     assert not any('fp8' in line for line in log(tmp_path / 'plain'))
+
+
+def test_validations_leave_no_trace_in_training(tiny, tmp_path, monkeypatch):
+    for n in (1, 100):
+        train_here(monkeypatch, *tiny, '--fp8=True', f'--eval_interval={n}', '--eval_rows=16',
+                   f'--out_dir={tmp_path}/{n}')
+    assert sum('val_loss' in line for line in log(tmp_path / '1')) == 20
+    often, seldom = (read_checkpoint(tmp_path / name) for name in ('1', '100'))
+    for key in ('model', 'fp8', 'optimizer_state', 'recent'):
+        assert same(often[key], seldom[key]), key
 
 
 def test_each_kind_of_step_has_its_trial_compile(tiny, tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import refused, run
+from conftest import make_chain, refused, run
 from test_model import TINY, build, ids, one_thread  # noqa: F401             (a fixture)
 
 import generate
@@ -218,6 +218,24 @@ def test_what_ends_a_continuation():
     assert len(ids) == 2 and told([*ids, 0], [], tokenizer)[1].text == '<think>a'
 
 
+def test_no_step_is_made_for_a_row_that_has_met_a_stop_string(tmp_path):
+    tokenizer, steps = get_tokenizer(259), []
+    a, b, c, d = tokenizer.encode_ordinary('abcd')               # a token is a byte
+    model, _ = load_model(make_chain(tmp_path, [a, b, c, d], 259))
+
+    class Counting(Decoder):
+        def __call__(self, idx):
+            steps.append(idx.tolist())
+            return super().__call__(idx)
+
+    decoder = Counting(model, torch.zeros(2, dtype=torch.long))
+    rows = generate.complete(model, tokenizer, [[a], [b]], 50, ['cd'], decoder=decoder,
+                             temperature=0.0)
+    assert [(row.text, row.finish) for row in rows] == [('b', 'stop'), ('', 'stop')]
+    # the second row repeats its last token while the first goes on
+    assert steps == [[[a], [b]], [[b], [c]], [[c], [d]]]
+
+
 # --- the script ---
 
 def lines(process):
@@ -252,6 +270,23 @@ def test_a_batch_answers_each_prompt_as_it_would_alone(tiny_run, batch):
         assert row['finish'] == 'length' and tokenizer.decode(row['ids']) == row['text']
     texts = run('sample.py', tiny_run, f'--batch={batch}', *greedy[:2])
     assert texts.stdout == ('-' * 80 + '\n').join(f'{r["prompt"]}{r["text"]}\n' for r in rows)
+    in_twos = run('sample.py', tiny_run, f'--batch={batch}', *greedy[:2], '--batch_size=2')
+    assert in_twos.stdout == texts.stdout
+
+
+def test_each_way_to_take_the_likeliest_token_alone(tiny_run):
+    ways = ['--temperature=0.0'], ['--temperature=9.0', '--top_k=1'], ['--top_p=0.00001']
+    told = [run('sample.py', tiny_run, '--max_new_tokens=20', *way).stdout for way in ways]
+    assert told[0] == told[1] == told[2] and len(told[0]) > len('def ')
+    free = run('sample.py', tiny_run, '--max_new_tokens=20', *ways[1][:1])
+    assert free.stdout != told[0]
+
+
+def test_an_answer_ends_where_the_model_ends_its_document(tmp_path):
+    prompt, word, other = (get_tokenizer(512).encode_ordinary(text)[-1] for text in 'aXY')
+    chain = make_chain(tmp_path, [prompt, word, EOS_ID, other])
+    row, = lines(run('sample.py', chain, '--prompt=a', '--format=json', '--max_new_tokens=9'))
+    assert (row['text'], row['ids'], row['finish']) == ('X', [word, EOS_ID], 'eos')
 
 
 def test_samples_and_stop_strings(tiny_run, batch):
@@ -303,12 +338,64 @@ def test_a_chat_reads_only_what_is_new(tiny_run, monkeypatch, capsys):
     assert read[6] < second - first + 3                          # an answer may be encoded anew
 
 
+def test_the_last_token_of_an_answer_is_read_in_the_next_turn(tmp_path, monkeypatch, capsys):
+    tokenizer, held = get_tokenizer(512), []                     # held: what stands in the columns
+    colon, = tokenizer.encode_ordinary(':')
+    word, = tokenizer.encode_ordinary(' the')
+
+    class Recording(Decoder):
+        def __call__(self, idx):
+            held[self.end:] = idx[0].tolist()
+            assert len(held) == self.end + idx.size(1)           # no column was skipped
+            return super().__call__(idx)
+
+    monkeypatch.setattr(sample, 'Decoder', Recording)
+    monkeypatch.setattr(sample, 'format', 'json')
+    monkeypatch.setattr(sample, 'max_new_tokens', 1)
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('Hello\nAnd\n'))
+    model, _ = load_model(make_chain(tmp_path, [colon, word]))
+    sample.converse(model, tokenizer, {'max_new_tokens': 1, 'temperature': 0.0})
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first['ids'] == second['ids'] == [word]
+    assert second['prompt'].startswith(f'{first["prompt"]} the\n\nUser: And')
+    assert held == tokenizer.encode_ordinary(second['prompt'])
+
+
 def test_a_long_chat_forgets_its_oldest_turns_but_not_what_it_was_told_before(tiny_run):
-    answers = lines(run('sample.py', tiny_run, '--chat', '--max_new_tokens=10', '--format=json',
-                        '--system=Be brief.',
-                        stdin='a long way to say nothing\n' * 12))       # block_size is 128
-    assert len(answers) == 12 and answers[-1]['prompt'].count('User:') < 5
-    assert all(answer['prompt'].startswith('System: Be brief.\n\nUser:') for answer in answers)
+    said = [f'{i}: a long way to say nothing' for i in range(12)]
+    done = run('sample.py', tiny_run, '--chat', '--max_new_tokens=10', '--format=json',
+               '--system=Be brief.', stdin='\n'.join(said))
+    answers, encode = lines(done), get_tokenizer(512).encode_ordinary
+    assert len(answers) == 12
+    turns, kept = [], []
+    for text, answer in zip(said, answers):
+        # what is said now, and as many of the turns before as leave room for ten tokens in the 128
+        # of block_size: whole ones, the newest, and not one fewer
+        prompts = [''.join(('System: Be brief.\n\n', *turns[len(turns) - n:],
+                            f'User: {text}\n\nAssistant:')) for n in range(len(turns) + 1)]
+        fits = [n for n, prompt in enumerate(prompts) if len(encode(prompt)) + 10 <= 128]
+        assert fits == list(range(len(fits)))
+        kept.append(fits[-1])
+        assert answer['prompt'] == prompts[kept[-1]]
+        turns.append(f'User: {text}\n\nAssistant: {answer["text"].strip()}\n\n')
+    full = next(i for i, n in enumerate(kept) if n < i)
+    assert 2 < full < 10 and min(kept[1:]) >= 1                  # some are, and never all
+    assert done.stderr.splitlines() == ['(the oldest turn is forgotten)'] * (11 - kept[-1])
+
+
+def test_a_chat_forgets_nothing_while_there_is_room_for_one_token_more(tiny_run):
+    greedy = ('--chat', '--max_new_tokens=10', '--format=json', '--temperature=0.0')
+    first, = lines(run('sample.py', tiny_run, *greedy, stdin='Hello there.'))
+    before = f'User: Hello there.\n\nAssistant: {first["text"].strip()}\n\n'
+    encode = get_tokenizer(512).encode_ordinary
+    for tokens, forgotten in ((118, ''), (119, '(the oldest turn is forgotten)\n')):
+        # a question that makes it so many, of 128, of which 10 are for the answer
+        text = next(text for text in ('q' * n + '?' for n in range(128))
+                    if len(encode(f'{before}User: {text}\n\nAssistant:')) == tokens)
+        done = run('sample.py', tiny_run, *greedy, stdin=f'Hello there.\n{text}\n')
+        assert done.stderr == forgotten
+        assert lines(done)[1]['prompt'] == \
+            f'{"" if forgotten else before}User: {text}\n\nAssistant:'
 
 
 @pytest.mark.parametrize('content, why', [

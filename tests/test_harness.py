@@ -10,20 +10,21 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from conftest import refused, run
+from conftest import make_chain, refused, run
 
 import eval as script
 from checkpoint import load_model
 from model import Xmodel, XmodelConfig
-from tokenizer import get_tokenizer
+from tokenizer import EOS_ID, get_tokenizer
 
 lm_eval = pytest.importorskip('lm_eval')
 pytest.importorskip('accelerate')                                  # lm-eval's model hf needs it
+from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-import harness
+from lab import harness
 
 THEIRS = Path(lm_eval.__file__).parent / 'tasks'
 # branches strong enough that texts are not one token repeated
@@ -60,8 +61,10 @@ def document(kind, i, rng):
         case 'wikitext':
             return {'page': ' \n '.join(say() for _ in range(rng.randrange(1, 25)))}
         case 'humaneval':
-            return {'task_id': f'{i}', 'prompt': f'def f{i}(x):\n', 'canonical_solution': '',
-                    'test': 'def check(f):\n    assert f(1) == 1\n', 'entry_point': f'f{i}'}
+            # what the model writes is a comment: every third program is right whatever that is
+            return {'task_id': f'{i}', 'prompt': f'def f{i}(x):\n    return {i % 3 or "x"}  # ',
+                    'canonical_solution': '', 'entry_point': f'f{i}',
+                    'test': 'def check(f):\n    assert f(7) == 7\n'}
 
 
 def write_jsonl(file, kind, n, rng):
@@ -105,9 +108,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def both(folder, tmp_path_factory):
+def both(folder):
     """Results of lm-eval with each document's answers: of its own model, and of ours."""
-    os.environ['HF_HOME'] = os.environ['HF_DATASETS_CACHE'] = str(tmp_path_factory.mktemp('cache'))
     os.environ['DISABLE_MULTIPROC'] = '1'
     manager = TaskManager(include_path=str(folder / 'tasks'), include_defaults=False)
     models = (HFLM(str(folder / 'hf'), device='cpu', batch_size=4, dtype='float32'),
@@ -166,6 +168,41 @@ def test_chats_are_those_of_the_template(folder):
     assert found == pytest.approx(right.item(), abs=1e-4)
 
 
+def test_an_answer_ends_where_the_model_ends_its_document(tmp_path):
+    prompt, word, other = (get_tokenizer(512).encode_ordinary(text)[-1] for text in 'aXY')
+    lm = harness.XmodelLM(make_chain(tmp_path, [prompt, word, EOS_ID, other]))
+    settings = {'until': ['\n\n'], 'max_gen_toks': 9, 'do_sample': False}
+    request = lm_eval.api.instance.Instance('generate_until', {}, ('a', settings), 0)
+    assert lm.generate_until([request], disable_tqdm=True) == ['X']
+
+
+def test_weights_are_rounded_to_the_dtype_that_was_asked_for(folder):
+    requests = [lm_eval.api.instance.Instance('loglikelihood', {}, (text[:80], text[80:]), i)
+                for i, text in enumerate(sorted(t for t in SENTENCES if len(t) > 120)[:4])]
+    exact, rounded = (harness.XmodelLM(folder / 'run', dtype=dtype)
+                      for dtype in ('float32', 'bfloat16'))
+    assert {p.dtype for p in rounded.model.parameters()} == {torch.bfloat16}
+    a, b = ([value for value, _ in lm.loglikelihood(requests)] for lm in (exact, rounded))
+    assert a != pytest.approx(b, rel=1e-6) and a == pytest.approx(b, rel=0.05)
+
+
+def test_answers_kept_before_a_kill_are_those_of_their_own_questions(folder, tmp_path):
+    lm, rng = harness.XmodelLM(folder / 'run', batch_tokens=600), random.Random(0)
+    texts = [rng.choice(SENTENCES) for _ in range(6)]
+    settings = {'until': ['.'], 'max_gen_toks': 20, 'do_sample': False}
+    asked = {'loglikelihood': [(text[:20], text[20:]) for text in texts],
+             'loglikelihood_rolling': [(text,) for text in texts],
+             'generate_until': [(text, settings) for text in texts]}
+    cached = CachingLM(lm, str(tmp_path / 'answers.db'))          # lm-eval's --use_cache
+    for kind, arguments in asked.items():
+        requests = [lm_eval.api.instance.Instance(kind, {}, args, i)
+                    for i, args in enumerate(arguments)]
+        answers = getattr(lm, kind)(requests, disable_tqdm=True)  # of a call that never returned
+        assert len(set(answers)) > 3
+        setattr(lm, kind, None)                                  # so that it is not asked again
+        assert getattr(cached, kind)(requests) == answers, kind
+
+
 def scores(run_folder, task):
     table = json.loads((run_folder / 'step_0.eval.json').read_text())
     return table['tasks'][task]['scores']
@@ -221,8 +258,10 @@ def process_results(doc, results):
     means = [sum(part['acc,none'] for part in found['three']['parts'].values()) / 3
              for found in (resumed, unbroken)]
     assert means[0] == pytest.approx(means[1] + 0.01)
-    done = run('eval.py', copy, *args, '--limit=5')                # nothing that was kept is lost
+    # nothing that was kept is lost
+    done = run('eval.py', copy, *args, '--limit=5', '--dtype=bfloat16')
     assert done.returncode == 1 and done.stderr.count('its kept scores have') == 2
+    assert done.stderr.count('have limit=6, now 5, dtype=float32, now bfloat16; ') == 2
     assert json.loads((copy / 'step_0.eval.json').read_text())['tasks'] == unbroken
     for found, mean in zip((resumed, unbroken), means):
         assert found['three']['scores']['three']['acc,none'] == pytest.approx(mean)
@@ -278,7 +317,8 @@ def test_data_sets_from_a_folder_and_one_line_for_each_that_is_missing(copy, tmp
                        ('humaneval', 'humaneval/humaneval')):
         (own / f'{name}.yaml').write_text(f'include: {THEIRS / file}.yaml\n')
     with open(own / 'humaneval.yaml', 'a') as f:                   # block_size is but 512
-        f.write('generation_kwargs: {until: ["\\ndef"], do_sample: false, max_gen_toks: 40}\n')
+        f.write('generation_kwargs: {until: ["\\n", "\\r", "\\0"], do_sample: false, '
+                'max_gen_toks: 40}\n')
     args = (copy, '--tasks=piqa,arc_easy,humaneval,wikitext2', f'--data_dir={tmp_path / "data"}',
             '--lengths=64,400', f'--include_path={own}')
     done = run('eval.py', *args)
@@ -302,7 +342,7 @@ def test_data_sets_from_a_folder_and_one_line_for_each_that_is_missing(copy, tmp
             math.exp(nll * len(ids) / len(text.split())), rel=1e-3)
     done = run('eval.py', copy, '--tasks=humaneval', '--allow_code_execution', *args[2:])
     assert done.returncode == 0, done.stderr
-    assert '| humaneval | 0 | 12 | pass@1,create_test | 0.00 |' in done.stdout
+    assert '| humaneval | 0 | 12 | pass@1,create_test | 33.33 |' in done.stdout
     assert 'arc_easy' not in done.stdout                           # though its scores are kept
     assert '| arc_easy |' in (copy / 'step_0.eval.md').read_text()
 
@@ -348,15 +388,16 @@ def test_a_yaml_that_cannot_be_read_is_named(copy, tmp_path):
     assert f'mine: {tmp_path}/mine.yaml cannot be read' in line
 
 
-def test_sympy_runs_no_answer_as_python_unless_that_is_allowed(monkeypatch, tmp_path):
+def test_sympy_runs_no_answer_as_python_unless_that_is_allowed(tmp_path):
     from sympy.parsing import sympy_parser
     answer = f'open({str(tmp_path / "x")!r},"w").close()'
-    with script.no_parse_expr(), pytest.raises(ValueError, match='allow_code_execution'):
+    with harness.no_parse_expr(False), pytest.raises(ValueError, match='allow_code_execution'):
         sympy_parser.parse_expr(answer)
     assert not (tmp_path / 'x').exists()
-    monkeypatch.setattr(script, 'allow_code_execution', True)
-    with script.no_parse_expr():
+    with harness.no_parse_expr(True):
         assert sympy_parser.parse_expr('1 + 1') == 2
+        sympy_parser.parse_expr(answer)
+    assert (tmp_path / 'x').exists()                               # so it was no idle fear
 
 
 @pytest.mark.parametrize('args, why', [

@@ -15,7 +15,7 @@ from conftest import log, run, run_ranks, same
 from torch.nn.utils import clip_grad_norm_
 
 from checkpoint import read_checkpoint
-from data_prep import get_batch, open_data, windows_before
+from loader import get_batch, open_data, windows_before
 from model import Xmodel, XmodelConfig
 
 M, L, STD = 2, 2, 0.08               # µP's width multiplier 32 / 16, layers, init's std where m = 1

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import configurator
+import model as network
+import start
 import train
 from checkpoint import load_model
 from model import (
@@ -24,6 +26,7 @@ from model import (
     role_of,
     rope_angles,
 )
+from run import try_compile
 
 TINY = XmodelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_ffn=160, vocab_size=96,
                     block_size=64)                                           # m = 0.25
@@ -250,7 +253,7 @@ def test_a_trial_compile_leaves_no_gradient_and_undoes_a_wrong_one(right, monkey
     model, idx = build(TINY), ids(TINY, 2, 16)
     loss = model(idx, idx)[1].item()
     for _ in range(2):                                           # a run has more than one trial
-        told = model.try_compiled(idx, idx, nullcontext())
+        told = try_compile(model, idx, idx, nullcontext())
         assert ('going on in eager mode' in told) == (not right)
         assert not any(p.grad.any() for p in model.parameters())
         assert model(idx, idx)[1].item() == loss
@@ -262,7 +265,7 @@ def config_of(file):
     """The XmodelConfig of a config file."""
     knobs = dict(vars(train))
     configurator.configure(knobs, [str(Path(train.__file__).parent / 'config' / file)])
-    return train.model_config(knobs)
+    return start.model_config(knobs)
 
 
 @pytest.mark.parametrize('file, total, embedding', [
@@ -451,6 +454,36 @@ def test_groups_and_init_are_those_of_microsofts_mup():
 def test_bad_shapes_are_refused(change):
     with pytest.raises(ValueError, match='=|odd'):
         replace(TINY, **change)
+
+
+@pytest.mark.parametrize('key, value', [
+    ('n_layer', 100_000), ('n_embd', 10**9), ('n_ffn', 10**9), ('vocab_size', 10**12),
+    ('block_size', 10**8)])
+def test_sizes_that_no_machine_can_hold_are_refused(key, value):
+    with pytest.raises(ValueError, match=rf'^{key}={value} should be at most \d+$'):
+        replace(TINY, **{key: value})
+
+
+def test_the_largest_sizes_can_be_planned():
+    c = replace(TINY, **network.LARGEST | {'n_layer': 2, 'n_head': 2**10, 'n_kv_head': 2**10})
+    C, in_a_block = c.n_embd, 4 * c.n_embd**2 + 3 * c.n_embd * c.n_ffn + 2 * c.n_embd
+    assert build(c, device='meta').num_params() == c.vocab_size * C + c.n_layer * in_a_block + C
+
+
+def test_the_worked_example_has_the_tables_numbers():
+    narrow, wide = (mup_table(XmodelConfig(n_embd=C, n_head=C // 64, n_kv_head=1))
+                    for C in (256, 1536))
+    shown = {}                                                   # first words -> the last two
+    for line in network.__doc__.splitlines():
+        if line.startswith('    ') and len(line.split()) > 4:
+            shown[line.split(':')[0].strip()] = line.split()[-2:]
+    for words, role, field, factor in (
+            ('init std of a hidden matrix', 'matrix', 'init_std', 1),
+            ("AdamW's lr for it", 'matrix', 'lr_mult', 0.01),
+            ('the logits are multiplied by', 'logits', 'multiplier', 1),
+            ('q·k is multiplied by', 'attention', 'multiplier', 1)):
+        numbers = [f'{getattr(table[role], field) * factor:.3g}' for table in (narrow, wide)]
+        assert next(pair for key, pair in shown.items() if key.startswith(words)) == numbers, words
 
 
 # --- positions and causality ---

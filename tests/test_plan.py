@@ -16,10 +16,12 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+import distributed
 import muon
-import plan
+import start
 import train
 from configurator import knob_values, run_config
+from lab import plan, roofline
 from model import Xmodel, XmodelConfig
 
 C = XmodelConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=64, n_ffn=96, vocab_size=96, block_size=8)
@@ -35,7 +37,7 @@ def test_flops_of_the_estimate_are_those_that_torch_counts():
         model = Xmodel(c)
         with FlopCounterMode(display=False) as counter:
             model(idx, idx)[1].backward()
-    block, logits = plan.work_of_a_block(c, B), plan.work_of_logits(c, B)
+    block, logits = roofline.work_of_a_block(c, B), roofline.work_of_logits(c, B)
     ours = {part.layer: 0 for part in block}
     for part in block:
         ours[part.layer] += part.flops
@@ -49,8 +51,8 @@ def test_flops_of_the_estimate_are_those_that_torch_counts():
 def test_a_gemm_bound_by_flops_gains_two_and_one_by_bytes_what_it_moves():
     def gain(M, K, N):
         c = replace(C, n_embd=K, n_ffn=N // 2, block_size=M, n_head=1)
-        part = next(part for part in plan.work_of_a_block(c, 1) if part.sizes == (M, K, N))
-        return plan.roofline([part], 'bf16') / plan.roofline([part], 'delayed')
+        part = next(part for part in roofline.work_of_a_block(c, 1) if part.sizes == (M, K, N))
+        return roofline.roofline([part], 'bf16') / roofline.roofline([part], 'delayed')
     assert gain(16384, 8192, 8192) == pytest.approx(1979 / 989)
     assert gain(16, 1024, 1024) == pytest.approx(2 * (16 + 1024 + 16) / (16 + 1024 + 2 * 16))
 
@@ -59,7 +61,7 @@ def test_seconds_are_those_that_an_h100_took():
     for m in plan.MEASURED:
         if m.compiled and m.rows * m.T > 10_000:
             c = replace(XmodelConfig(), block_size=m.T)
-            planned = plan.seconds_of_a_micro_batch(c, m.rows, plan.GPUS['h100'], m.fp8,
+            planned = roofline.seconds_of_a_micro_batch(c, m.rows, roofline.GPUS['h100'], m.fp8,
                                                     m.checkpointing)
             assert planned == pytest.approx(m.seconds, rel=0.1), m
 
@@ -67,7 +69,7 @@ def test_seconds_are_those_that_an_h100_took():
 def test_optimizers_take_what_they_took_on_an_h100():
     c = replace(XmodelConfig(), block_size=PHASE['block_size'])
     for kind, seconds in (('adamw', 0.0074 + 0.0155), ('muon', 0.0076 + 0.1484 + 0.0029)):
-        told = plan.plan_phase(PHASE | {'optimizer': kind}, c, 1, plan.GPUS['h100'])
+        told = plan.plan_phase(PHASE | {'optimizer': kind}, c, 1, roofline.GPUS['h100'])
         assert told['optimizer'] == pytest.approx(seconds, rel=0.1)
 
 
@@ -172,7 +174,8 @@ def test_state_of_the_optimizers(kind):
 @pytest.mark.parametrize('kind', ['adamw', 'muon'])
 def test_bytes_sent_are_those_that_the_optimizers_send(monkeypatch, kind):
     c, sent = XmodelConfig(3, 2, 1, 64, 160, 512), []
-    monkeypatch.setattr(muon, 'ranks', lambda: (1, 4))
+    for room in (distributed, muon):
+        monkeypatch.setattr(room, 'ranks', lambda: (1, 4))
 
     class Work:
         wait = staticmethod(lambda: None)
@@ -187,20 +190,21 @@ def test_bytes_sent_are_those_that_the_optimizers_send(monkeypatch, kind):
         p.grad = torch.randn_like(p)
     for optimizer in muon.make_optimizers(kind, model.param_groups()):
         optimizer.step()
-    monkeypatch.setattr(muon, 'ranks', lambda: (0, 1))
-    told = plan.plan_phase(PHASE | {'optimizer': kind}, c, 4, plan.GPUS['h100'])
+    for room in (distributed, muon):
+        monkeypatch.setattr(room, 'ranks', lambda: (0, 1))
+    told = plan.plan_phase(PHASE | {'optimizer': kind}, c, 4, roofline.GPUS['h100'])
     assert told['received'] * 4 / 3 - 8 * model.num_params() == pytest.approx(sum(sent))
 
 
 def test_muon_takes_less_than_a_twentieth_of_the_paper_runs_step():
     c = replace(XmodelConfig(), block_size=PHASE['block_size'])
     for world in (8, 16, 240):
-        told = plan.plan_phase(PHASE, c, world, plan.GPUS['h100'])
+        told = plan.plan_phase(PHASE, c, world, roofline.GPUS['h100'])
         assert 0 < told['newton_schulz'] < 0.05 * told['step']
 
 
 def test_a_phase_adds_up(monkeypatch):
-    c, h100 = replace(XmodelConfig(), block_size=PHASE['block_size']), plan.GPUS['h100']
+    c, h100 = replace(XmodelConfig(), block_size=PHASE['block_size']), roofline.GPUS['h100']
     one, eight, sixteen = (plan.plan_phase(PHASE, c, world, h100) for world in (1, 8, 16))
     P, E = 1_350_059_520, 198_574_080                            # parameters, of the embedding
     M = P - E - 97 * 1536                                        # in matrices
@@ -224,8 +228,8 @@ def test_the_plan_in_results_is_of_this_code(monkeypatch):
     knobs, assigned = run_config(str(ROOT / 'config/xmodel25.py'), knob_values(vars(train)))
     for key in assigned.keys() & vars(train).keys():
         monkeypatch.setattr(train, key, knobs[key])
-    c = replace(train.model_config(knobs), block_size=3712)
-    told = plan.plan_phase(knobs['phases'][0], c, 8, plan.GPUS['h100'])
+    c = replace(start.model_config(knobs), block_size=3712)
+    told = plan.plan_phase(knobs['phases'][0], c, 8, roofline.GPUS['h100'])
     row = f'| 8 | stable1 | 60 | {told["memory"] / 1e9:.3g} | {told["micro"]:.3g} | ' \
         f'{told["exposed"] / told["step"]:.0%} of a step | {told["step"]:.3g} | ' \
         f'{told["tok_per_s"] / 8:,.0f} | {told["days"]:.3g} |\n'
@@ -233,7 +237,7 @@ def test_the_plan_in_results_is_of_this_code(monkeypatch):
 
 
 def test_a_plan_is_printed_for_a_config():
-    done = run('bench.py', 'config/nano.py', '--plan', '--gpus=2', '--gpu=a100')
+    done = run('lab.bench', 'config/nano.py', '--plan', '--gpus=2', '--gpu=a100')
     assert (done.returncode, done.stderr) == (0, '')
     tables = [line.split(' | ') for line in done.stdout.splitlines() if line.startswith('| ')]
     told = [row for row in tables if row[0][2:] in ('stable1', 'stable2', 'decay', 'long')]

@@ -6,9 +6,12 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT, run
 
-import plot
+import train
 from checkpoint import read_log
+from configurator import knob_values
+from lab import plot
 
 STEP = {'step': 0, 'phase': 'stable', 'tokens': 100, 'loss': 5.0, 'lr': 0.01}
 
@@ -40,6 +43,11 @@ def test_picture_shows_the_runs(tmp_path, monkeypatch, capsys):
     labels = ['training', 'validation, a', 'validation, b']
     assert top.get_legend_handles_labels()[1] == labels
     assert [t.get_text() for t in top.texts] == ['stable', 'decay']
+    # each over the middle of its phase, of 100 steps of 100 tokens
+    assert [t.get_position()[0] for t in top.texts] == [5000, 15_000]
+    for axes in figures[0].axes:
+        assert [(band.get_x(), band.get_width()) for band in axes.patches] == [
+            (0, 10_000), (10_000, 10_000)]
     smooth, a = top.get_legend_handles_labels()[0][:2]
     # the mean of a straight line is the line, but at the ends, where the window is cut
     assert smooth.get_ydata()[5:-5] == pytest.approx([9 - 0.04 * i for i in range(5, 195)])
@@ -160,7 +168,7 @@ def test_as_a_program(tmp_path):
     pytest.importorskip('matplotlib')
 
     def go(*argv):
-        return subprocess.run([sys.executable, plot.__file__, *argv], cwd=tmp_path, check=False,
+        return subprocess.run([sys.executable, '-m', 'lab.plot', *argv], cwd=tmp_path, check=False,
                               capture_output=True, text=True)
     done = go()
     assert done.returncode == 2 and done.stderr.startswith('plot.py: there is no run under out/')
@@ -171,3 +179,137 @@ def test_as_a_program(tmp_path):
     for ending in ('nowhere/a.png', 'a.xyz'):
         done = go('out/old', f'--png={ending}')
         assert done.returncode == 2 and done.stderr.count('\n') == 1 and ending in done.stderr
+
+
+# --- the recipe ---
+
+@pytest.fixture
+def train_knobs(monkeypatch):
+    """train.py's own knobs; what a test sets there is as before once it is over."""
+    knobs = knob_values(vars(train))
+    for key, value in knobs.items():
+        monkeypatch.setattr(train, key, value)
+    monkeypatch.setattr(plot, 'png', '')
+    return knobs
+
+
+@pytest.fixture
+def schedule(train_knobs, tmp_path, figures):
+    """schedule(*flags): the axes of the picture of a config, config/xmodel25.py without one."""
+    def schedule(*flags):
+        vars(train).update(train_knobs)
+        plot.main_schedule([*flags, f'--png={tmp_path / "schedule.png"}'])
+        assert (tmp_path / 'schedule.png').read_bytes()[:4] == b'\x89PNG'
+        return figures[-1].axes
+    return schedule
+
+
+def drawn(panel, step):
+    """What a panel of learning rates shows at a step: {line: lr}."""
+    return {line.get_label(): np.interp(step, *line.get_data()) for line in panel.lines
+            if line.get_label()[0] != '_'}
+
+
+def texts(panel):
+    return [text.get_text() for text in panel.texts]
+
+
+def test_the_schedule_is_that_of_the_recipe(schedule):
+    top = schedule()[0]
+    for step, matrices, embedding in (                           # as the released scripts have it
+            (1_000, 8.3333e-4, 0.005), (2_000, 1.6667e-3, 0.01), (100_000, 1.6667e-3, 0.01),
+            (400_000, 1.6667e-3, 0.01), (530_000, 1.6667e-3, 0.01),
+            (540_000, 7.5138e-4, 4.5083e-3), (549_999, 1.0417e-4, 6.25e-4), (550_000, 1e-6, 1e-6),
+            (550_500, 1.0417e-4, 6.25e-4), (555_250, 5.7083e-5, 3.175e-4), (559_999, 1e-5, 1e-5)):
+        assert drawn(top, step)['matrices'] == pytest.approx(matrices, rel=0.01), step
+        assert drawn(top, step)['embedding'] == pytest.approx(embedding, rel=0.01), step
+
+
+def test_the_schedule_names_phases_optimizers_batches_and_data(schedule):
+    top, batches, mixtures = schedule()
+    first = [0, 270_000, 530_000, 550_000, 560_000]
+    assert [text for text in texts(top) if 'tokens' in text] == [
+        'stable1\n270k steps, 481B tokens', 'stable2\n260k steps, 927B tokens',
+        'decay\n20k steps, 72.5B tokens', 'long\n10k steps, 39.3B tokens']
+    assert {'warmup:\n2k steps', 'warmup:\n500 steps', 'embedding: 0.01', 'matrices: 0.00167',
+            '0.000625', '0.000104', 'AdamW'} < set(texts(top))
+    assert sorted(band.get_x() for band in top.patches) == [0, 530_000]      # AdamW, then Muon
+    assert [text.split('\n')[0] for text in texts(batches)] == [
+        '480 x 3712', '960 x 3712', '960 x 3776', '240 x 16384']
+    assert list(mixtures.get_xticks()) == first and mixtures.get_xlim() == (0, 560_000)
+
+    names = mixtures.get_legend_handles_labels()[1]
+    assert names == ['ultrafineweb-en', 'ultrafineweb-zh', 'starcoder', 'reddit', 'pes2o',
+                     'sft-mixed', 'others, below 2%']
+    bars = [(bar.get_x(), bar.get_width(), bar.get_height()) for bar in mixtures.patches]
+    by_phase = {x: dict(zip(names, [height for left, _, height in bars if left == x]))
+                for x in first[:-1]}
+    assert {(x, width) for x, width, _ in bars} == set(zip(first, np.diff(first)))
+    small = .01 + .005 + .005 + .01 + .0133 + .009 + .0023 + .0078
+    for x in first[:2]:
+        assert list(by_phase[x].values()) == pytest.approx([.41, .2, .26, .0391, .0285, 0, small])
+    small = .00287 + .01722 + .01722 + .01147 + .009 + .009 + .01801
+    for x in first[2:4]:
+        assert list(by_phase[x].values()) == pytest.approx(
+            [.18725, .03716, .02209, 0, 0, .6687, small], rel=2e-4)          # of 0.99999
+
+
+def test_phases_are_drawn_equally_wide_and_warmup_can_be_seen(schedule):
+    top = schedule()[0]
+    steps = [0, 2_000, 270_000, 530_000, 550_000, 550_500, 560_000]
+    scale = top.get_xaxis().get_transform()
+    assert scale.transform(steps) == pytest.approx([0, 0.1, 1, 2, 3, 3.1, 4])
+    assert scale.inverted().transform([0.5, 2.5, 4]) == pytest.approx([121_111.1, 540_000, 560_000])
+
+
+def test_matrices_are_drawn_with_the_factor_of_their_optimizer(schedule):
+    rates = schedule('--muon_lr_scaling=1/sqrt(m)')[0]
+    assert drawn(rates, 529_999)['matrices'] == pytest.approx(0.01 / 6, rel=1e-3)       # AdamW
+    assert drawn(rates, 530_000)['matrices'] == pytest.approx(0.01 / 6**0.5, rel=1e-3)  # Muon
+
+
+def test_the_schedule_of_another_config_and_of_standard_parametrisation(schedule):
+    top, _, mixtures = schedule(str(ROOT / 'config/proxy20m.py'), '--mup_rules=sp',
+                                '--learning_rate=0.001')
+    assert drawn(top, 500) == {'matrices': 0.001, 'embedding': 0.001}
+    assert 'matrices and embedding: 0.001' in texts(top)         # not one over the other
+    assert mixtures.get_legend_handles_labels()[1] == ['stdlib', 'arith']
+    assert texts(mixtures) == ['100%', '100%', '33%', '67%', '33%', '67%']
+
+
+def test_no_text_of_the_schedule_lies_over_another(schedule):
+    for config in ('xmodel25', 'nano', 'proxy20m', 'stability'):
+        axes = schedule(str(ROOT / f'config/{config}.py'))
+        figure = axes[0].figure
+        figure.canvas.draw()
+        boxes = [text.get_window_extent() for panel in axes
+                 for text in (*panel.texts, *panel.get_xticklabels(), panel.yaxis.label)
+                 if text.get_text()]
+        overlapping = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+        assert not overlapping, config
+
+
+@pytest.mark.parametrize('flags, says', [
+    (['config/nothing.py'], 'there is no such file'),
+    (['--phases.decay.decay=cosine'], "decay='cosine' should be one of"),
+    (['--phases.decay.lr=3'], 'should be'), (['--phases=[]'], 'is empty'),
+    (['--mup_break=logit'], "mup_break='logit' should be a rule"),
+    (['--learning_rate=-1'], 'learning_rate=-1'), (['--pgn=a.png'], "unknown key 'pgn'"),
+    (['nano'], 'nano: should be --key=value or a config file'),
+    (['--png=nowhere/a.png'], 'nowhere/a.png'), (['--png=a.xyz'], 'a.xyz'),
+    ([], 'results/schedule.png')])                               # where there is no such folder
+def test_a_schedule_that_cannot_be_drawn_gets_one_line(train_knobs, tmp_path, monkeypatch, capsys,
+                                                       flags, says):
+    pytest.importorskip('matplotlib')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        plot.main_schedule(flags)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.count('\n') == 1 and says in err
+
+
+def test_the_schedule_as_a_program(tmp_path):
+    pytest.importorskip('matplotlib')
+    done = run('lab.plot', 'schedule', ROOT / 'config/nano.py', '--png=nano.png', cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, 'nano.png\n', '')
+    assert (tmp_path / 'nano.png').read_bytes()[:4] == b'\x89PNG'

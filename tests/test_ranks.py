@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import muon
 from checkpoint import checkpoints, read_checkpoint
 from configurator import run_config
+from distributed import gather_state, load_state
 from model import Xmodel, XmodelConfig
 
 # 60 steps over the change to Muon, at step 24, and of the length, at step 48
@@ -141,8 +142,9 @@ def test_a_rank_that_gets_a_signal_waits_until_the_checkpoint_is_written(tiny, t
     config = tmp_path / 'slow.py'
     config.write_text("""
 import os, signal, sys, time
-_main = sys.modules['__main__']
-_get_batch, _write = _main.get_batch, _main.write_checkpoint
+import torch.distributed as _dist
+_main, _run = sys.modules['__main__'], sys.modules['run']
+_get_batch, _write = _main.get_batch, _run.write_checkpoint
 def _signalled(data, weights, rows, *rest):
     if os.environ['RANK'] == '1' and rows[0] == 22:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -151,12 +153,12 @@ def _slow(path, state):
     time.sleep(0.5)
     _write(path, state)
     open(path.parent / 'written', 'w').close()
-_main.get_batch, _main.write_checkpoint = _signalled, _slow
-_group = _main.dist.destroy_process_group
+_main.get_batch, _run.write_checkpoint = _signalled, _slow
+_group = _dist.destroy_process_group
 def _leave():
     print(os.path.exists(os.path.join(_main.out_dir, 'written')), file=sys.stderr)
     _group()
-_main.dist.destroy_process_group = _leave
+_dist.destroy_process_group = _leave
 """)
     done = run_ranks(2, 'train.py', *tiny, config, *CURRICULUM, f'--out_dir={tmp_path / "run"}')
     assert [process.returncode for process in done] == [143, 143], done[0].stderr
@@ -317,12 +319,12 @@ def test_gathered_state_is_a_copy_and_what_was_never_stepped_is_left_fresh():
             p.grad = torch.ones_like(p)
         muon.step_all(optimizers, {'learning_rate': 0.01, 'embedding_lr': 0.01})
 
-    before = muon.gather_state(optimizers)
-    muon.load_state(optimizers, before)
+    before = gather_state(optimizers)
+    load_state(optimizers, before)
     step()                                                       # as if nothing had been loaded
-    state = muon.gather_state(optimizers)
+    state = gather_state(optimizers)
     kept = {name: {k: t.clone() for k, t in s.items()} for name, s in state.items()}
     step()
     assert same(kept, state) and state['embed.weight']['step'] == 1
     with pytest.raises(ValueError, match='embed.weight'):
-        muon.load_state(optimizers, {k: s for k, s in state.items() if k != 'embed.weight'})
+        load_state(optimizers, {k: s for k, s in state.items() if k != 'embed.weight'})

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import refused, run
 
-import sandbox
+from lab import sandbox
 
 WAYS = {'alone': None, 'bwrap': 'bwrap --ro-bind / / --unshare-all true',
         'unshare': 'unshare --user --map-root-user --net --pid --fork true'}
@@ -270,7 +270,7 @@ def test_pass_at_k_is_the_chance_of_a_right_one_among_k():
 
 def test_the_script_tells_by_its_exit_code():
     for program, code in (('print(1)', 0), ('1 / 0', 1), ('import sys; sys.exit(0)', 1)):
-        done = run('sandbox.py', stdin=program)
+        done = run('lab.sandbox', stdin=program)
         assert (done.returncode, done.stdout) == (code, ''), done.stderr
         assert 'Traceback' not in done.stderr
-    assert 'wants a program on standard input' in refused(run('sandbox.py', 'program.py'))
+    assert 'wants a program on standard input' in refused(run('lab.sandbox', 'program.py'))

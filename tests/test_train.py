@@ -3,17 +3,20 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import statistics
+import sys
 
 import pytest
 import torch
-from conftest import log, refused, run
+from conftest import log, refused, run, same
 
 import train
 from checkpoint import checkpoints, load_model, read_checkpoint
-from data_prep import get_batch, open_data
+from loader import get_batch, open_data
 from model import Xmodel
+from run import reference_gap, try_compile
 
 
 def test_the_log_and_the_checkpoints_of_a_run(tiny_run):
@@ -112,6 +115,24 @@ def test_resume_refuses_another_run_and_tells_of_harmless_changes(tiny_run, tiny
     assert log(folder) == log(tiny_run)
 
 
+@pytest.mark.parametrize('change', [
+    'weight_decay=0.2', 'beta1=0.8', 'beta2=0.9', 'momentum=0.9', 'muon_split', 'grad_clip=2.0',
+    'embedding_lr=0.02', 'completion_only', 'init_std=0.2', 'input_scale=10.0', 'output_scale=2.0',
+    'residual_scale=2.0', 'attention_scale=2.0', 'rope_theta=1e4', 'norm_eps=1e-6',
+    'mup_base_width=64', 'mup_rules=authors', 'mup_break=logits', 'muon_lr_scaling=1/m',
+    'steps_scale=2.0', 'phases.decay.optimizer=adamw', 'phases.decay.lr=(0, 1, 0.2)',
+    'phases.long.batch=8', 'phases.long.block_size=64', 'fp8', 'fp8_amax_history_len=64',
+    'fp8_margin=1', 'fp8_format=e4m3'])
+def test_resume_refuses_whatever_decides_what_is_learned(change, tiny_run, tiny, monkeypatch,
+                                                         capsys):
+    argv = ['train.py', *tiny, f'--out_dir={tiny_run}', '--resume', f'--{change}']
+    monkeypatch.setattr(sys, 'argv', argv)
+    with pytest.raises(SystemExit, match='2'):
+        runpy.run_path(train.__file__, run_name='__main__')      # here: a second less for each
+    line, name = capsys.readouterr().err, change.partition('=')[0]
+    assert line.count('\n') == 1 and f' {name}: ' in line, line
+
+
 def test_a_checkpoint_of_before_a_knob_resumes_with_the_knobs_default(tiny_run, tiny, tmp_path):
     folder = shutil.copytree(tiny_run, tmp_path / 'run')
     (folder / 'step_20.pt').unlink()
@@ -146,6 +167,13 @@ def test_the_decay_alone_with_another_optimizer_and_the_stable_phase_extended(
     run('train.py', *tiny, f'--out_dir={unbroken}', '--phases.stable.steps=12',
         '--phases.decay.steps=0', '--phases.long.steps=0')
     assert log(tmp_path / 'longer')[-1]['loss'] == log(unbroken)[-1]['loss']
+    # another step than its own: the weights alone, although AdamW goes on
+    done = run('train.py', *tiny, start, '--init_step=4', f'--out_dir={tmp_path / "again"}',
+               '--phases.decay.steps=0', '--phases.long.steps=0')
+    assert re.search(r"begins with .*step_8.pt: weights\n", done.stdout)
+    assert [line['tokens'] for line in log(tmp_path / 'again')] == [256, 512, 768, 1024]
+    state = read_checkpoint(tmp_path / 'again')['optimizer_state']
+    assert {s['step'].item() for s in state.values()} == {4.0}
     # or a curriculum of one's own from its weights
     run('train.py', *tiny, start, '--init_step=0', f'--out_dir={tmp_path / "new"}')
     first = log(tmp_path / 'new')[0]
@@ -228,11 +256,53 @@ def test_a_spike_after_the_change_of_optimizer_is_reported(tiny, tmp_path):
     assert re.search(r'step \d+: loss .* 4 deviations over the 50 steps before', done.stdout)
 
 
+def test_other_data_and_a_harmless_change_of_optimizer_are_no_spikes(tiny, tiny_run, tmp_path):
+    done = run('train.py', *tiny, f'--out_dir={tmp_path / "run"}', f'--init_from={tiny_run}',
+               '--init_step=0', '--learning_rate=0', '--embedding_lr=0', '--eval_interval=1000',
+               '--phases.stable.steps=55', '--phases.stable.data={"arith": 1.0}',
+               '--phases.decay.steps=50', '--phases.decay.data={"arith": 1.0}',
+               '--phases.long.steps=5', '--phases.long.data={"stdlib": 1.0}')
+    assert done.returncode == 0, done.stderr
+    lines = log(tmp_path / 'run')
+    losses = [line['loss'] for line in lines]
+    before = losses[55:105]
+    assert min(losses[105:]) > statistics.fmean(before) + 6 * statistics.pstdev(before)
+    assert lines[55]['note'].startswith('optimizer adamw -> muon')
+    assert 'spike' not in done.stdout and 'deviations' not in done.stdout
+    assert not any('spike' in line for line in lines)
+
+
+def test_a_checkpoint_holds_its_own_step_though_it_is_written_later(tiny, tmp_path):
+    config = tmp_path / 'late.py'        # step 8's is written while step 10 has begun
+    config.write_text("""
+import sys, threading, torch
+_main, _on, _save = sys.modules['__main__'], threading.Event(), torch.save
+_get_batch = _main.get_batch
+def _telling(data, weights, rows, *rest):
+    if len(weights) == 2 and rows[0] == 16:
+        _on.set()
+    return _get_batch(data, weights, rows, *rest)
+def _late(state, f):
+    if state['step'] == 8:
+        assert _on.wait(60)
+    _save(state, f)
+_main.get_batch, torch.save = _telling, _late
+""")
+    flags = ['--fp8=True', '--compile=False', '--checkpoint_interval=100']
+    done = run('train.py', *tiny, config, *flags, f'--out_dir={tmp_path / "late"}')
+    assert done.returncode == 0, done.stderr
+    run('train.py', *tiny, *flags, f'--out_dir={tmp_path / "ends"}', '--phases.decay.steps=0',
+        '--phases.long.steps=0')                                 # this one ends with step 8
+    late, right = (read_checkpoint(tmp_path / name / 'step_8.pt') for name in ('late', 'ends'))
+    for key in ('model', 'optimizer_state', 'fp8', 'recent', 'watch', 'tokens', 'step'):
+        assert same(late[key], right[key]), key
+
+
 def test_compiled_blocks_give_the_eager_loss_and_what_fails_stays_eager(tiny_run, monkeypatch):
     from contextlib import nullcontext
     model, _ = load_model(tiny_run)
     x = torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(0))
-    assert model.try_compiled(x, x, nullcontext()).startswith('compiled for 2 x 64')
+    assert try_compile(model, x, x, nullcontext()).startswith('compiled for 2 x 64')
     assert model.blocks[0]._compiled_call_impl is not None
     for wrong in (lambda *args: torch.tensor(0.0, requires_grad=True), lambda *args: 1 / 0):
         def set_wrong(on, wrong=wrong):
@@ -240,7 +310,7 @@ def test_compiled_blocks_give_the_eager_loss_and_what_fails_stays_eager(tiny_run
             if on:
                 model.cross_entropy = wrong
         monkeypatch.setattr(model, 'set_compiled', set_wrong)
-        assert 'going on in eager mode' in model.try_compiled(x, x, nullcontext())
+        assert 'going on in eager mode' in try_compile(model, x, x, nullcontext())
         assert model.cross_entropy is not wrong
 
 
@@ -396,21 +466,23 @@ WRONG = {   # name: (script, arguments from (tmp_path, tiny_run, data_dir), what
     'a device as checkpoint': ('train.py', lambda t, r, d: ['--init_from=/dev/zero'], 'not exist'),
     'moments of another shape': ('train.py', lambda t, r, d: [
         f'--init_from={other_moments(r, t / "w.pt")}'], 'is not a checkpoint of train.py'),
-    'no GPU': ('plan.py', lambda t, r, d: ['--gpus=0'], 'gpus=0 should be at least 1'),
-    'GPUs as text': ('plan.py', lambda t, r, d: ['--gpus=many'], 'gpus=many'),
-    'no such GPU': ('plan.py', lambda t, r, d: ['--gpu=h300'], "'a100', 'h100'"),
-    'a GPU without FP8': ('plan.py', lambda t, r, d: ['--gpu=a100'], '--fp8=False'),
-    'unknown key of a plan': ('plan.py', lambda t, r, d: ['--gpsu=8'], "unknown key 'gpsu'"),
-    'heads of a plan': ('plan.py', lambda t, r, d: ['--n_head=7'], 'does not divide n_embd=1536'),
-    'sizes for FP8': ('plan.py', lambda t, r, d: ['--n_ffn=3841'], 'multiples of 16'),
-    'no tokens': ('plan.py', lambda t, r, d: ['--micro_batch_tokens=0'], 'micro_batch_tokens=0'),
-    'steps_scale': ('plan.py', lambda t, r, d: ['--steps_scale=-1'], 'steps_scale=-1'),
-    'no config of a plan': ('plan.py', lambda t, r, d: ['config/nothing.py'], 'no such file'),
-    'a plan of a model alone': ('bench.py', lambda t, r, d: ['--plan', '--rounds=2'], "'rounds'"),
-    'unknown variant': ('bench.py', lambda t, r, d: ['--variants=ours'], "'ours' should be one"),
-    'unknown rule': ('coord_check.py', lambda t, r, d: ['--break=lr'], "mup_break='lr'"),
-    'no grid': ('sweep.py', lambda t, r, d: ['transfer', '--widths=wide'], "widths='wide'"),
-    'no run to draw': ('plot.py', lambda t, r, d: [t / 'none'], 'none'),
+    'no GPU': ('lab.plan', lambda t, r, d: ['--gpus=0'], 'gpus=0 should be at least 1'),
+    'a space for =': ('train.py', lambda t, r, d: ['--keep', '3'], 'without a space: --keep=3'),
+    'GPUs after a space': ('lab.plan', lambda t, r, d: ['--gpus', '8'], '--gpus=8'),
+    'GPUs as text': ('lab.plan', lambda t, r, d: ['--gpus=many'], 'gpus=many'),
+    'no such GPU': ('lab.plan', lambda t, r, d: ['--gpu=h300'], "'a100', 'h100'"),
+    'a GPU without FP8': ('lab.plan', lambda t, r, d: ['--gpu=a100'], '--fp8=False'),
+    'unknown key of a plan': ('lab.plan', lambda t, r, d: ['--gpsu=8'], "unknown key 'gpsu'"),
+    'heads of a plan': ('lab.plan', lambda t, r, d: ['--n_head=7'], 'does not divide n_embd=1536'),
+    'sizes for FP8': ('lab.plan', lambda t, r, d: ['--n_ffn=3841'], 'multiples of 16'),
+    'no tokens': ('lab.plan', lambda t, r, d: ['--micro_batch_tokens=0'], 'micro_batch_tokens=0'),
+    'steps_scale': ('lab.plan', lambda t, r, d: ['--steps_scale=-1'], 'steps_scale=-1'),
+    'no config of a plan': ('lab.plan', lambda t, r, d: ['config/nothing.py'], 'no such file'),
+    'a plan of a model alone': ('lab.bench', lambda t, r, d: ['--plan', '--rounds=2'], "'rounds'"),
+    'unknown variant': ('lab.bench', lambda t, r, d: ['--variants=ours'], "'ours' should be one"),
+    'unknown rule': ('lab.coord_check', lambda t, r, d: ['--break=lr'], "mup_break='lr'"),
+    'no grid': ('lab.sweep', lambda t, r, d: ['transfer', '--widths=wide'], "widths='wide'"),
+    'no run to draw': ('lab.plot', lambda t, r, d: [t / 'none'], 'none'),
     'nothing to export': ('export.py', lambda t, r, d: [t / 'none', t / 'hf'], 'none'),
     'no checkpoint to show': ('checkpoint.py', lambda t, r, d: [t / 'none'], 'does not exist'),
 }
@@ -426,7 +498,8 @@ def test_a_wrong_use_is_refused_in_one_line(name, tiny, tiny_run, data_dir, tmp_
     if script == 'train.py':
         args = [*([] if name == 'no such config' else tiny), f'--out_dir={tmp_path / "run"}', *args]
     line = refused(run(script, *args))
-    assert line.startswith(f'{script}: ') and told in line
+    name = script if script.endswith('.py') else script.removeprefix('lab.') + '.py'
+    assert line.startswith(f'{name}: ') and told in line
     assert sorted(work.rglob('*')) == there and not (tmp_path / 'run').exists()
 
 
@@ -460,7 +533,7 @@ def test_a_run_above_its_reference_says_so(tiny, tmp_path):
 def test_a_reference_of_other_steps_is_compared_over_the_same_tokens():
     proxy = [{'tokens': 100 * i, 'loss': 10 - 0.01 * i} for i in range(1, 1201)]
     # 50 steps of 400 tokens that end at token 100 000: the proxy's steps 801 to 1000
-    assert train.reference_gap(proxy, [5.0] * 50, 100_000, 400) == pytest.approx(5 - 0.995)
-    assert train.reference_gap(proxy, [5.0] * 50, 120_000, 400) is not None
-    assert train.reference_gap(proxy, [5.0] * 50, 120_400, 400) is None      # it ends before that
-    assert train.reference_gap([], [5.0] * 50, 200_000, 400) is None
+    assert reference_gap(proxy, [5.0] * 50, 100_000, 400) == pytest.approx(5 - 0.995)
+    assert reference_gap(proxy, [5.0] * 50, 120_000, 400) is not None
+    assert reference_gap(proxy, [5.0] * 50, 120_400, 400) is None      # it ends before that
+    assert reference_gap([], [5.0] * 50, 200_000, 400) is None

@@ -1,0 +1,163 @@
+"""Trials: many runs of train.py side by side, and a file with the result of each.
+
+A trial is one run of train.py in a process of its own, given by its flags. Its result is one line
+of a file trials.jsonl. A trial that has its line is not run again: a program that was stopped
+resumes with the trials that are left when the same command is given. sweep.py is such a program.
+"""
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from tqdm import tqdm
+
+from checkpoint import checkpoints, read_log, replace_file
+from configurator import fail
+
+TRAIN = Path(__file__).parent.parent / 'train.py'
+
+
+def out_dir_of(trial, default):
+    """The folder of a trial's run: as its flags have it, else the default."""
+    for flag in trial:
+        if flag.startswith('--out_dir='):
+            return flag.removeprefix('--out_dir=')
+    return default
+
+
+def run_trial(trial, running):
+    """Run train.py with the flags `trial`; its result, as a dict for its line.
+
+    running: a list to which the process is appended, so that the caller can kill it.
+    """
+    began = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        run = out_dir_of(trial, f'{folder}/run')
+        never = 2**62                                            # but at the ends of phases
+        process = subprocess.Popen(
+            [sys.executable, str(TRAIN), *trial, f'--out_dir={run}',
+             f'--eval_interval={never}', f'--checkpoint_interval={never}'],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {'OMP_NUM_THREADS': '1'})           # so jobs do not change results
+        running.append(process)
+        _, errors = process.communicate()
+        entry = {'status': 'ok', 'loss': None, 'seconds': round(time.time() - began, 1)}
+        if process.returncode:
+            return entry | describe_failure(errors, process.returncode)
+        losses = [step['loss'] for step in read_log(run)]
+    last_tenth = losses[-max(1, len(losses) // 10):]
+    return entry | {'loss': round(statistics.fmean(last_tenth), 5),
+                    'losses': [round(loss, 4) for loss in losses]}
+
+
+def describe_failure(errors, returncode):
+    """{status, error} of a run that ended in an error, from what it wrote to stderr."""
+    lines = errors.strip().splitlines()
+    if not lines:
+        return {'status': 'failed', 'error': f'train.py ended with {returncode}'}
+    diverged = ' has loss ' in lines[-1]                         # train.py's words for NaN and inf
+    return {'status': 'nan' if diverged else 'failed', 'error': lines[-1]}
+
+
+def read_trials(file):
+    """{(made_of, *flags): entry} of the trials in a trials.jsonl that have a result.
+
+    One that failed has none, and is tried again. A last line without a newline was cut off by a
+    kill, and is left out. Any other line that is not a trial's ends the program.
+    """
+    entries = {}
+    if not file.exists():
+        return entries
+    for line in file.read_text('utf-8', 'replace').splitlines(keepends=True):
+        try:
+            entry = json.loads(line)
+            if entry['status'] not in ('ok', 'nan'):
+                continue
+            required = {'loss', 'seconds'}
+            if entry['status'] == 'ok':
+                required.add('losses')
+            if not required <= entry.keys():
+                raise KeyError(required)
+            entries[entry['made_of'], *entry['flags']] = entry
+        except (ValueError, KeyError, TypeError):
+            if line.endswith('\n'):
+                fail(f'{file}: not the line of a trial: {line[:60]!r}')
+    return entries
+
+
+def run_trials(todo, jobs):
+    """Run trials, `jobs` at a time; yield each with its entry as it ends. If stopped, kill them."""
+    running, pool = [], ThreadPoolExecutor(jobs)
+    # trials that all run at once have no bar: the caller may have one of its own
+    hide = None if len(todo) > jobs else True
+    bar = tqdm(total=len(todo), unit='trial', disable=hide)
+    try:
+        futures = {pool.submit(run_trial, trial, running): trial for trial in todo}
+        for future in as_completed(futures):
+            trial, entry = futures[future], future.result()
+            if entry['status'] != 'ok':
+                tqdm.write(f'{entry["status"]}: train.py {shlex.join(trial)}: {entry["error"]}')
+            bar.set_postfix_str(f'loss {entry["loss"]}', refresh=False)
+            bar.update()
+            yield trial, entry
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in running:
+            process.kill()                                       # has no effect on one that ended
+        bar.close()
+
+
+def known_trials(file, keys):
+    """The trials in `file`, and those of `keys` that other sweeps have run; `file` gets them all.
+
+    Other sweeps are the folders beside the file's own.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    entries = read_trials(file)
+    for other in file.parent.parent.glob('*/trials.jsonl'):
+        entries |= {key: entry for key, entry in read_trials(other).items() if key in keys}
+    text = ''.join(json.dumps(entry) + '\n' for entry in entries.values())
+    replace_file(file, lambda f: f.write(text.encode()))
+    return entries
+
+
+def make_checkpoints(stable_runs, todo, jobs):
+    """Run those of stable_runs ({folder: trial}) that make a checkpoint which a trial in `todo`
+    starts from (init_from) and which does not exist."""
+    missing = []
+    for folder, stable_run in stable_runs.items():
+        needed = any(f'--init_from={folder}' in trial for trial in todo)
+        if needed and not checkpoints(folder):
+            missing.append(stable_run)
+    for trial, entry in run_trials(missing, jobs):
+        if entry['status'] != 'ok':
+            fail(f'{shlex.join(trial)}: {entry["error"]}')
+
+
+def results_of(wanted, file, made_of, jobs, stable_runs):
+    """The entries of the wanted trials (lists of flags); runs those that have none in `file` yet.
+
+    made_of: a hash of what decides the results beside the flags, so that an entry of other code or
+    text is not taken. stable_runs: {folder: trial that makes the checkpoint in it}.
+    """
+    keys = [(made_of, *trial) for trial in wanted]
+    unique_keys = dict.fromkeys(keys)
+    entries = known_trials(file, unique_keys)
+    todo = [key[1:] for key in unique_keys if key not in entries]
+    make_checkpoints(stable_runs, todo, jobs)
+    for trial, entry in run_trials(todo, jobs):
+        entry = {'flags': trial, 'made_of': made_of} | entry
+        entries[made_of, *trial] = entry
+        with open(file, 'a', encoding='utf-8') as f:
+            f.write(json.dumps(entry) + '\n')
+    errors = [entries[key]['error'] for key in unique_keys if entries[key]['status'] == 'failed']
+    if errors:
+        fail(f'{len(errors)} of {len(unique_keys)} trials failed, and will be tried again by the '
+             f'same command; the first: {errors[0]}')
+    return [entries[key] for key in keys]

@@ -1,0 +1,56 @@
+"""run.py: what is said of a run beside its numbers."""
+from types import SimpleNamespace
+
+import pytest
+from conftest import run as run_script
+
+import run
+from checkpoint import TrainState
+from model import Xmodel, XmodelConfig
+
+PHASES = [{'name': 'stable', 'steps': 100, 'batch': 4, 'block_size': 64, 'optimizer': 'adamw'},
+          {'name': 'decay', 'steps': 50, 'batch': 8, 'block_size': 64, 'optimizer': 'muon'}]
+
+
+def test_the_time_left_counts_muons_steps_by_a_muon_step(monkeypatch, capsys):
+    monkeypatch.setattr(run, 'seconds_of_a_muon_step', lambda model: 30.0)
+    model = Xmodel(XmodelConfig(1, 1, 1, 16, 32, 64, 64))
+    progress = run.Progress(SimpleNamespace(phases=PHASES), model, TrainState(), 150)
+    for step in range(5):
+        progress.time_step(PHASES[0], 2.0, 1.0, step)
+    # step 4 was the last: 95 steps of 2 + 1 s, and 50 of twice the rows with a Muon step of 30 s
+    assert progress.seconds_left(5) == pytest.approx(95 * 3 + 50 * (4 + 30))
+    for step in range(100, 105):                                 # now Muon's own are measured
+        progress.time_step(PHASES[1], 4.0, 6.0, step)
+    assert progress.seconds_left(105) == pytest.approx(45 * (4 + 6))
+    assert capsys.readouterr().out.splitlines() == ['about 33 minutes to go',
+                                                    'about 8 minutes to go']
+
+
+def test_a_muon_step_is_measured_on_the_matrices_of_the_blocks():
+    assert run.seconds_of_a_muon_step(Xmodel(XmodelConfig(2, 1, 1, 16, 32, 64, 64))) > 0
+
+
+def test_the_hang_timer_is_off_while_the_last_checkpoint_is_written(tiny, tmp_path):
+    config = tmp_path / 'told.py'
+    config.write_text("""
+import faulthandler, sys
+_RunFiles = sys.modules['run'].RunFiles
+_start, _stop, _wait = faulthandler.dump_traceback_later, \\
+    faulthandler.cancel_dump_traceback_later, _RunFiles.wait
+def _started(*args, **how):
+    print('timer on')
+    _start(*args, **how)
+def _stopped():
+    print('timer off')
+    _stop()
+def _waits(self):
+    print('waits')
+    _wait(self)
+faulthandler.dump_traceback_later, faulthandler.cancel_dump_traceback_later = _started, _stopped
+_RunFiles.wait = _waits
+""")
+    done = run_script('train.py', *tiny, config, f'--out_dir={tmp_path / "run"}')
+    assert done.returncode == 0, done.stderr
+    events = [line for line in done.stdout.splitlines() if line.startswith(('timer', 'waits'))]
+    assert events[-2:] == ['timer off', 'waits'] and events.count('timer on') > 20
