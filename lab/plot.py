@@ -247,8 +247,7 @@ def plot_coord_check(tables, png, default):
         if quantity != 'norm gain' or fails:                     # flat but for its own rule
             quantities.append(quantity)
     figure, panels = pyplot().subplots(
-        len(tables), len(quantities), squeeze=False, sharey=False, sharex='col',
-        layout='constrained',
+        len(tables), len(quantities), squeeze=False, sharey='col', layout='constrained',
         figsize=(max(6, 1.4 * len(quantities)), 0.6 + 1.6 * len(tables)))
     for table, panels_of_table in zip(tables, panels):
         for quantity, panel in zip(quantities, panels_of_table):

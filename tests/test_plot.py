@@ -127,6 +127,20 @@ def test_coordinate_check_panels(tmp_path, figures, capsys):
     assert [list(line.get_ydata()) for line in panel.lines] == [[2, 2], [1, 4], [2, 8]]
 
 
+def test_tables_of_a_coordinate_check_share_the_y_axis_and_not_the_sizes(tmp_path, figures):
+    for name, sizes, size in (('narrow', [64, 128], 2), ('wide', [256, 1024], 200)):
+        row = {'size': [[[size] * 2]] * 2, 'change': [[[0, size]]] * 2, 'size_slopes': [0, 0],
+               'change_slopes': [0], 'holds': True}
+        told = {'kind': 'coord_check', 'sizes': sizes, 'vary': 'heads', 'rules': name,
+                'rows': {'logits': row}}
+        folder = result(tmp_path / 'check', name, told)
+    plot.main([folder])
+    narrow, wide = figures[0].axes
+    low, high = narrow.get_ylim()
+    assert (low, high) == wide.get_ylim() and low < 2 and high > 200
+    assert narrow.get_xlim()[1] < 256 < wide.get_xlim()[1]
+
+
 @pytest.mark.parametrize('text', ['', '[]', '{}', '{"kind": 3}', '{"kind": "transfer"}',
                                   '{"kind": "coord_check"}', '{"kind": "search"}',
                                   '{"kind": "coord_check", "vary": "heads", "rows": {}}',
