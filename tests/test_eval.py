@@ -1,6 +1,5 @@
 """eval.py's own scores and its table, beside float64 and what is known."""
 import math
-import sys
 from pydoc_data.topics import topics
 from types import SimpleNamespace
 
@@ -9,6 +8,7 @@ import torch
 
 import eval as script
 from checkpoint import load_model
+from lab import harness
 from loader import get_windows, open_data
 from tokenizer import get_tokenizer
 
@@ -145,10 +145,10 @@ def test_some_windows_of_wikitext_stand_for_all_its_words_and_bytes(tiny_run, mo
     lines = [line for text in sorted(topics.values()) for line in text.splitlines()][:400]
     text, model = '\n\n'.join(lines), load_model(tiny_run)[0]
     hub = SimpleNamespace(load_dataset=lambda *args, **knobs: {'text': lines})
-    monkeypatch.setitem(sys.modules, 'datasets', hub)
-    monkeypatch.setattr(script, 'limit', 3)
-    monkeypatch.setattr(script, 'lengths', '64')
-    found = script.wikitext2(model, get_tokenizer(512))['wikitext2_64']
+    monkeypatch.setattr(harness, 'datasets', hub)
+    lm = SimpleNamespace(model=model, tokenizer=get_tokenizer(512))
+    knobs = SimpleNamespace(limit=3, lengths='64', device='cpu')
+    found = harness.wikitext2(lm, knobs)['wikitext2_64']
     ids = torch.tensor(get_tokenizer(512).encode_ordinary(text))
     x, y = ids[:192].view(3, 64), ids[1:193].view(3, 64)
     with torch.no_grad():
