@@ -180,17 +180,20 @@ def wrong_field(checkpoint):
     if checkpoint['optimizer'] not in (None, 'adamw', 'muon'):
         return f'optimizer={checkpoint["optimizer"]!r} is neither adamw nor muon'
     losses, alarm = checkpoint['recent'], checkpoint['watch']
-    if not isinstance(losses, list) or len(losses) > 50 or not all(map(is_finite, losses)):
+    if not is_finite_numbers(losses, list) or len(losses) > 50:
         return 'recent is no list of up to 50 finite losses'
-    if not isinstance(alarm, (tuple, list)) or len(alarm) != 2 or not all(map(is_finite, alarm)):
+    if not is_finite_numbers(alarm, (tuple, list)) or len(alarm) != 2:
         return f'watch={alarm!r} is no (step, loss)'
     if not isinstance(checkpoint['knobs'], dict):
         return 'knobs is no dict'
     return ''
 
 
-def is_finite(x):
-    return type(x) in (int, float) and math.isfinite(x)
+def is_finite_numbers(values, kind):
+    """Whether values is a list or tuple, as `kind` says, of finite numbers."""
+    if not isinstance(values, kind):
+        return False
+    return all(type(x) in (int, float) and math.isfinite(x) for x in values)
 
 
 def read_checkpoint(path, check=True):

@@ -40,11 +40,6 @@ from distributed import gather_state, print_once, ranks
 from muon import zeropower_via_newtonschulz5
 
 
-def disk_error(e, out_dir):
-    """End the program in one line for an OSError: a full disk, a folder that is read-only."""
-    fail(f'{e.filename or out_dir}: {e.strerror or e}; what was saved before is whole')
-
-
 @contextmanager
 def mistakes_printed_once():
     """Let only rank 0 print to stderr: all ranks find the same mistakes in the knobs."""
@@ -60,11 +55,14 @@ def mistakes_printed_once():
 
 @contextmanager
 def faults_in_one_line(out_dir):
-    """Make one line of a disk's error, and of a second Ctrl-C."""
+    """Make one line of an OSError (a full disk, a folder that is read-only) and of Ctrl-C.
+
+    Ctrl-C comes here before Signals is there, and when it is pressed for the second time.
+    """
     try:
         yield
     except OSError as e:
-        disk_error(e, out_dir)
+        fail(f'{e.filename or out_dir}: {e.strerror or e}; what was saved before is whole')
     except KeyboardInterrupt:
         print(f'train.py: stopped; --resume goes on from the newest checkpoint in {out_dir}',
               file=sys.stderr)
