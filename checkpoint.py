@@ -272,7 +272,7 @@ def take_folder(run):
 
 
 @functools.cache
-def made_by():
+def code_and_packages():
     """What decides a run beside its knobs and data: code and packages."""
     here, code = Path(__file__).parent, hashlib.sha256()
     for name in ('train', 'model', 'muon', 'fp8', 'loader', 'distributed', 'start', 'run',

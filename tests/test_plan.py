@@ -1,7 +1,12 @@
 """plan.py: what it says of memory beside what a process and an H100 took, its FLOPs beside torch's
-counter, its communication beside what the optimizers send."""
+counter, its communication beside what DDP and the optimizers send, its times beside an H100's log.
+
+Figures of an H100 stand in plan.MEASURED, in results/README.md and in results/h100/log.jsonl.
+"""
+import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -62,15 +67,44 @@ def test_seconds_are_those_that_an_h100_took():
         if m.compiled and m.rows * m.T > 10_000:
             c = replace(XmodelConfig(), block_size=m.T)
             planned = roofline.seconds_of_a_micro_batch(c, m.rows, roofline.GPUS['h100'], m.fp8,
-                                                    m.checkpointing)
+                                                        m.checkpointing)
             assert planned == pytest.approx(m.seconds, rel=0.1), m
+
+
+def test_seconds_in_the_table_are_those_that_were_noted_when_an_h100_took_them():
+    noted = (ROOT / 'results/README.md').read_text()
+    in_bf16, in_fp8 = re.search(r'one step, waiting for its end \| (\d+) \| (\d+)', noted).groups()
+    eager = re.search(r'Eager, the same step takes (\d+) ms', noted)[1]
+    seconds = {(m.fp8, m.compiled): m.seconds for m in plan.MEASURED
+               if (m.rows, m.T, m.checkpointing) == (4, 3712, False)}
+    assert seconds == {(False, True): int(in_bf16) / 1000, (True, True): int(in_fp8) / 1000,
+                       (False, False): int(eager) / 1000}
+
+
+@pytest.mark.parametrize('name, rows, T', [('stable1', 4, 3712), ('decay', 4, 3776),
+                                           ('long', 1, 16384)])
+def test_the_log_of_an_h100_has_the_planned_tokens_a_second(name, rows, T):
+    lines = (ROOT / 'results/h100/log.jsonl').read_text().splitlines()
+    logged = [line['tok_per_s'] for line in map(json.loads, lines) if line['phase'] == name]
+    seconds = roofline.seconds_of_a_micro_batch(replace(XmodelConfig(), block_size=T), rows,
+                                                roofline.GPUS['h100'], fp8=True)
+    assert rows * T / seconds == pytest.approx(statistics.median(logged), rel=0.08)
+
+
+def test_tokens_a_second_of_another_model_on_another_gpu_are_near_the_published_ones():
+    # TinyLlama 1.1B (arXiv 2401.02385, section 2.3): 24 000 tokens a second on an A100 40GB, whose
+    # memory gives 1.555 TB/s
+    tiny_llama = XmodelConfig(22, 32, 4, 2048, 5632, 32_000, 2048)
+    a100 = roofline.GPUS['a100']._replace(bandwidth=1.555e12)
+    speed = 8 * 2048 / roofline.seconds_of_a_micro_batch(tiny_llama, 8, a100)
+    assert speed == pytest.approx(24_000, rel=0.1)
 
 
 def test_optimizers_take_what_they_took_on_an_h100():
     c = replace(XmodelConfig(), block_size=PHASE['block_size'])
     for kind, seconds in (('adamw', 0.0074 + 0.0155), ('muon', 0.0076 + 0.1484 + 0.0029)):
-        told = plan.plan_phase(PHASE | {'optimizer': kind}, c, 1, roofline.GPUS['h100'])
-        assert told['optimizer'] == pytest.approx(seconds, rel=0.1)
+        planned = plan.plan_phase(PHASE | {'optimizer': kind}, c, 1, roofline.GPUS['h100'])
+        assert planned['optimizer'] == pytest.approx(seconds, rel=0.1)
 
 
 # --- memory ---
@@ -129,7 +163,7 @@ def test_memory_is_what_an_h100_took():
         if m.compiled:                                           # holds less
             assert 0.6 < m.peak / planned < 0.83, m
         else:
-            assert planned == pytest.approx(m.peak, rel=0.03), m
+            assert planned == pytest.approx(m.peak, rel=0.015), m
 
 
 @pytest.mark.parametrize('again', [False, True])
@@ -158,42 +192,76 @@ def test_planning_leaves_the_model_as_it_was():
 
 
 @pytest.mark.parametrize('kind', ['adamw', 'muon'])
-def test_state_of_the_optimizers(kind):
+def test_state_of_the_optimizers_is_as_large_as_that_of_torchs_own(kind):
     c = XmodelConfig(3, 2, 1, 64, 160, 512)
-    sizes = {name: p.numel() for name, p in Xmodel(c).named_parameters()}
-    matrices = sum(n for name, n in sizes.items() if re.search(r'qkv|out|gate_up|down', name))
-    rest = sum(sizes.values()) - matrices
+    matrices, others = [], []
+    for name, p in Xmodel(c).named_parameters():
+        p.grad = torch.zeros_like(p)
+        if kind == 'muon' and re.search(r'qkv|out|gate_up|down', name):
+            matrices.append(p)
+        else:
+            others.append(p)
+    optimizers = [torch.optim.AdamW(others)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices))
+    for optimizer in optimizers:
+        optimizer.step()
+    kept = sum(t.nbytes for o in optimizers for state in o.state.values() for t in state.values())
     state, passing = plan.optimizer_bytes(c, kind)
-    right = 8 * (rest + matrices) if kind == 'adamw' else 8 * rest + 4 * matrices
-    assert right <= state < right + 4 * len(sizes) + 4           # AdamW's step counts
-    assert (passing > 4 * matrices / 3) == (kind == 'muon')
+    assert state == kept
+    # Muon orthogonalises all matrices of a shape together, in bf16, and holds more than one copy
+    largest = max((p.numel() for p in matrices), default=0)
+    assert (passing > 2 * 2 * largest * c.n_layer) == (kind == 'muon')
+
+
+@pytest.mark.parametrize('kind, gigabytes', [('adamw', 16.2), ('muon', 11.6)])
+def test_weights_and_state_fill_a_checkpoint_as_one_that_an_h100_wrote(kind, gigabytes):
+    c = replace(XmodelConfig(), block_size=PHASE['block_size'])
+    planned = plan.plan_phase(PHASE | {'optimizer': kind}, c, 1, roofline.GPUS['h100'])
+    assert (planned['weights'] + planned['state']) / 1e9 == pytest.approx(gigabytes, abs=0.05)
 
 
 # --- a phase on some GPUs ---
 
+@pytest.mark.parametrize('reduce_dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('kind', ['adamw', 'muon'])
-def test_bytes_sent_are_those_that_the_optimizers_send(monkeypatch, kind):
-    c, sent = XmodelConfig(3, 2, 1, 64, 160, 512), []
-    for room in (distributed, muon):
-        monkeypatch.setattr(room, 'ranks', lambda: (1, 4))
+def test_bytes_received_are_those_that_ddp_and_the_optimizers_exchange(kind, reduce_dtype,
+                                                                       monkeypatch, tmp_path):
+    c, world = XmodelConfig(3, 2, 1, 64, 160, 512, 8), 4
+    reduced, broadcast_bytes = [], []
+    all_reduce = torch.distributed.all_reduce
 
     class Work:
         wait = staticmethod(lambda: None)
 
-    def broadcast(t, source, async_op=False):
-        bf16 = kind == 'muon' and t.dim() == 3                   # U Vᵀ, whatever this CPU has
-        sent.append(t.numel() * (2 if bf16 else 4))
+    def count_reduced(t, async_op):
+        reduced.append(t.nbytes)
+        return all_reduce(t, async_op=async_op)
+
+    def count_broadcast(t, source, async_op=False):
+        broadcast_bytes.append(t.nbytes)
         return Work
-    monkeypatch.setattr(muon.dist, 'broadcast', broadcast)
-    model = Xmodel(c)
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
-    for optimizer in muon.make_optimizers(kind, model.param_groups()):
-        optimizer.step()
-    for room in (distributed, muon):
-        monkeypatch.setattr(room, 'ranks', lambda: (0, 1))
-    told = plan.plan_phase(PHASE | {'optimizer': kind}, c, 4, roofline.GPUS['h100'])
-    assert told['received'] * 4 / 3 - 8 * model.num_params() == pytest.approx(sum(sent))
+    for room in (distributed, muon):                             # as if it were one rank of four
+        monkeypatch.setattr(room, 'ranks', lambda: (1, world))
+    monkeypatch.setattr(torch.distributed, 'all_reduce', count_reduced)
+    monkeypatch.setattr(torch.distributed, 'broadcast', count_broadcast)
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/group', rank=0,
+                                         world_size=1)
+    try:
+        model = Xmodel(c)
+        net = distributed.data_parallel(model, getattr(torch, reduce_dtype))
+        x = torch.zeros(2, c.block_size, dtype=torch.long)
+        net(x, x)[1].backward()
+        for optimizer in muon.make_optimizers(kind, model.param_groups(), dtype=torch.bfloat16):
+            optimizer.step()
+    finally:
+        torch.distributed.destroy_process_group()
+    # In a ring, each rank receives (world - 1) / world of a message that is broadcast in parts from
+    # all, and twice that of one that is reduced, as its sums have to be gathered, too.
+    received = (2 * sum(reduced) + sum(broadcast_bytes)) * (world - 1) / world
+    monkeypatch.setattr(train, 'reduce_dtype', reduce_dtype)
+    planned = plan.plan_phase(PHASE | {'optimizer': kind}, c, world, roofline.GPUS['h100'])
+    assert planned['received'] == received
 
 
 def test_muon_takes_less_than_a_twentieth_of_the_paper_runs_step():
@@ -203,25 +271,25 @@ def test_muon_takes_less_than_a_twentieth_of_the_paper_runs_step():
         assert 0 < told['newton_schulz'] < 0.05 * told['step']
 
 
-def test_a_phase_adds_up(monkeypatch):
+def test_a_phase_of_the_paper_run_by_hand(monkeypatch):
+    monkeypatch.setattr(train, 'micro_batch_tokens', 4 * 3776)
     c, h100 = replace(XmodelConfig(), block_size=PHASE['block_size']), roofline.GPUS['h100']
     one, eight, sixteen = (plan.plan_phase(PHASE, c, world, h100) for world in (1, 8, 16))
-    P, E = 1_350_059_520, 198_574_080                            # parameters, of the embedding
-    M = P - E - 97 * 1536                                        # in matrices
-    assert one['exposed'] == one['received'] == 0 and one['state'] == 8 * eight['state']
+    assert one['exposed'] == one['received'] == 0
     assert one['newton_schulz'] / eight['newton_schulz'] == pytest.approx(8, rel=0.01)
-    # AdamW's weights in fp32, U Vᵀ in bf16, and twice the embedding's gradient, in fp32
-    sent = 4 * (P - M) + 2 * M + 8 * E
-    assert eight['exposed'] == pytest.approx(sent * 7 / 8 / (0.8 * 450e9))
-    assert sixteen['exposed'] == pytest.approx(sent * 15 / 16 / (0.8 * 400e9))
-    assert eight['received'] == (8 * P + 4 * (P - M) + 2 * M) * 7 / 8
-    assert eight['memory'] == sum(eight[key] for key in (
-        'weights', 'gradients', 'state', 'activations'))
-    assert eight['step'] == eight['micro'] + eight['optimizer'] + eight['exposed']
-    assert eight['days'] == pytest.approx(20_000 * 960 * 3776 / eight['tok_per_s'] / 86_400)
-    monkeypatch.setattr(train, 'reduce_dtype', 'bfloat16')
-    half = plan.plan_phase(PHASE, c, 8, h100)
-    assert eight['received'] - half['received'] == 4 * P * 7 / 8
+    assert eight['state'] == pytest.approx(one['state'] / 8)
+    # What nothing hides, in GB: 0.795 of embedding and gains in fp32, 2.303 of U V^T in bf16, and
+    # the gradient of the embedding, 0.794 in fp32, twice. Of these 4.686, 7/8 at 80 % of 450 GB/s;
+    # between nodes, 15/16 at 80 % of 400.
+    assert eight['exposed'] == pytest.approx(0.01139, rel=1e-3)
+    assert sixteen['exposed'] == pytest.approx(0.01373, rel=1e-3)
+    # 120 rows a GPU, 4 at a time: an H100 took 0.336 s for 4 rows of 3712 in bf16
+    measured = 30 * 0.336 * 3776 / 3712 + 0.148 / 8
+    assert eight['step'] == pytest.approx(measured, rel=0.05)
+    assert eight['days'] == pytest.approx(20_000 * measured / 86_400, rel=0.05)
+    assert eight['tok_per_s'] == pytest.approx(960 * 3776 / measured, rel=0.05)
+    # 10.8 GB of weights and gradients, 0.77 of state, and 53.05 (an H100's 4 x 3712) of activations
+    assert eight['memory'] == pytest.approx(10.8e9 + 0.77e9 + 53.05e9 * 3776 / 3712, rel=0.02)
 
 
 def test_the_plan_in_results_is_of_this_code(monkeypatch):

@@ -18,7 +18,7 @@ def xmodel25(monkeypatch):
     configurator.configure(knobs, [str(Path(train.__file__).parent / 'config/xmodel25.py')])
     for key, value in configurator.knob_values(knobs).items():
         monkeypatch.setattr(train, key, value)
-    start.check_phases(train.phases, train.steps_scale)
+    start.complete_phases(train.phases, train.steps_scale)
 
 
 @pytest.mark.parametrize('step, matrices, embedding', [
@@ -59,7 +59,7 @@ def test_tokens_and_optimizers_of_the_phases():
     (0.01, [2700, 2600, 200, 100], [20, 0, 0, 5], 10),
     (0.002, [540, 520, 40, 20], [4, 0, 0, 1], 2)])
 def test_a_run_in_small_has_a_short_warmup(scale, steps, warmups, half):
-    start.check_phases(train.phases, scale)
+    start.complete_phases(train.phases, scale)
     assert [phase['steps'] for phase in train.phases] == steps
     assert [phase['warmup'] for phase in train.phases] == warmups
     assert train.lr_at(half) == (pytest.approx(0.005), pytest.approx(0.005))
