@@ -155,7 +155,7 @@ class AdamW(torch.optim.AdamW):
         groups = [group | {'whole': group['params'],
                            'params': [self.own_part(p, p.detach()) for p in group['params']]}
                   for group in groups]
-        super().__init__(groups, betas=betas, eps=1e-8, fused=True)
+        super().__init__(groups, betas=betas, eps=1e-8, fused=True)      # eps: the paper's
 
     def own_part(self, p, t):
         """The rows that this rank steps of t, a tensor of the shape of the parameter p; a view."""

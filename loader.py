@@ -1,8 +1,8 @@
-"""Batches out of token shards: a batch is a pure function of the numbers of its rows.
+"""Batches out of token shards: in a phase, a batch is a pure function of the numbers of its rows.
 
-The loader keeps no state. A batch depends on the phase (its data, mixture and length T, and what
-the phases before it have read), the seed and the numbers of its rows alone. So it is the same
-however rows are dealt out to ranks and micro-batches, and a resumed run goes on exactly.
+The loader keeps no state. A batch depends on the numbers of its rows, the seed and the phase (its
+data, mixture and length T, and what the phases before it have read), and on nothing else. So it is
+the same however rows are dealt out to ranks and micro-batches, and a resumed run continues exactly.
 
 A row's number becomes text in three steps. With the weights
 {'text': 0.7, 'sums': 0.3}, seed 1337 and T = 128, the first ten rows of a phase are:
@@ -135,22 +135,22 @@ def permute(i, n, *key):
     """Where the permutation of 0..n-1 that key names sends the numbers i; int64 array in and out.
 
     A Feistel network: the halves (l, r) of a number's bits become (r, l ^ F(r)), 8 times over. Each
-    round can be undone whatever F is, so this permutes 0..4^h - 1; what lands at n or above goes
-    through again until it is below (cycle walking). It needs no memory, where a shuffled list of
-    the full run's 10^8 windows would take most of a gigabyte in every process.
+    round can be undone whatever F is, so this permutes 0..4^half_bits - 1; what lands at n or above
+    goes through again until it is below (cycle walking). It needs no memory, where a shuffled list
+    of the full run's 10^8 windows would take most of a gigabyte in every process.
     """
-    half = np.uint64(max(1, (n - 1).bit_length() + 1 >> 1))
-    low = np.uint64((1 << int(half)) - 1)
+    half_bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half_bits)) - 1)
     rounds = np.frombuffer(hashlib.blake2b(repr(key).encode(), digest_size=64).digest(), '<u8')
     out = np.array(i, np.uint64)
     todo = np.full(out.shape, True)
     while todo.any():
-        left, right = out[todo] >> half, out[todo] & low
+        left, right = out[todo] >> half_bits, out[todo] & low
         for k in rounds:
-            mixed = (right ^ k) * np.uint64(0x9E3779B97F4A7C15)        # F: xor-shift and multiply
-            mixed = (mixed ^ mixed >> np.uint64(32)) * np.uint64(0xD6E8FEB86659FD93)
-            left, right = right, left ^ (mixed >> np.uint64(32) & low)
-        out[todo] = left << half | right
+            mixed = (right ^ k) * np.uint64(0x9E3779B97F4A7C15)        # F: multiply and xor-shift
+            mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & low)
+        out[todo] = (left << half_bits) | right
         todo = out >= n
     return out.astype(np.int64)
 

@@ -99,7 +99,8 @@ def textbook(c):
     """role -> Rule by Tensor Programs V, table 8 (Adam), with the embedding tied to the output.
 
     All matrices have one width multiplier, m: n_ffn and n_kv_head should grow with n_embd. The
-    optimizer multiplies weight decay by the learning rate, so on matrices it falls with m, too.
+    optimizer multiplies weight decay by the learning rate, so on matrices it falls with m as that
+    does.
     """
     m = c.n_embd / c.mup_base_width                # 6 for the 1.3B model
     L = c.n_layer
@@ -347,8 +348,8 @@ class Xmodel(nn.Module):
 
         All blocks share one compiled graph; the whole model as one takes longer and runs no faster.
         """
-        # There is a graph for each length, for training and evaluation, for FP8's first step and
-        # for watched steps. Beyond the default limit of 8 blocks would silently be eager again.
+        # torch keeps at most 8 variants of a graph: of each length, of training and evaluation, of
+        # FP8's first step and of watched steps. Past that it falls back to eager without a word.
         torch._dynamo.config.recompile_limit = 64
         for block in self.blocks:
             block._compiled_call_impl = None
@@ -391,7 +392,7 @@ class Xmodel(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Loss in chunks: with 129 280 words, the logits of one 16 384-token row would fill 8.5 GB in fp32
+# Loss in chunks: with 129 280 tokens, the logits of one 16 384-token row would fill 8.5 GB in fp32
 
 CHUNK, CHUNK_ON_GPU = 2**24, 2**28                     # logits at a time: 64 MB and 1 GB of fp32
 
@@ -399,16 +400,16 @@ CHUNK, CHUNK_ON_GPU = 2**24, 2**28                     # logits at a time: 64 MB
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of softmax(multiplier · x Wᵀ); gradients are computed in the forward pass.
 
-    d loss / d logits = (softmax - onehot) / N needs nothing from later layers. So each chunk of
-    rows makes its logits, takes the loss and both gradients from them, and drops them: no product
-    is computed twice.
+    d loss / d logits = multiplier (softmax - onehot) / n_targets needs nothing from later layers.
+    So each chunk of rows makes its logits, takes the loss and both gradients from them, and drops
+    them: no product is computed twice.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, multiplier, dtype, with_grad):
         w, x = weight.to(dtype), x.to(dtype)                                    # (V, C), (N, C)
         rows = max(1, (CHUNK_ON_GPU if x.is_cuda else CHUNK) // len(w))
-        per_target = multiplier / (targets >= 0).sum().clamp(min=1)
+        grad_scale = multiplier / (targets >= 0).sum().clamp(min=1)
         total = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(x) if with_grad else None
         grad_w = torch.zeros_like(w, dtype=torch.float32) if with_grad else None
@@ -422,12 +423,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if with_grad:
                 onehot = torch.arange(len(w), device=x.device) == ids           # (rows, V)
                 # (the softmax gets no name, by which it would stay in memory: 1 GB)
-                grad = (((logits - lse).exp() - onehot.float()) * (valid * per_target)).to(dtype)
+                grad = (((logits - lse).exp() - onehot.float()) * (valid * grad_scale)).to(dtype)
                 grad_x[i:i + rows] = grad @ w
                 grad_w += grad.T @ x_rows
         if with_grad:
             ctx.save_for_backward(grad_x, grad_w)
-        return total * per_target / multiplier
+        return total * grad_scale / multiplier                                 # the mean
 
     @staticmethod
     def backward(ctx, grad_loss):

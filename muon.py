@@ -82,6 +82,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        # with one process, exchange yields what updates yields
         for group, weights, update in exchange(self.updates(), self.owner, self.dtype):
             rms = self.rms_scale(group, weights[0])
             torch._foreach_mul_(weights, 1 - group['lr'] * group['weight_decay'])

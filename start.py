@@ -5,7 +5,8 @@
                                 (init_from), a step to look at again (replay)
     open_folder, print_plan     its folder is locked, and what is going to happen is printed
 
-`knobs` is always the namespace of train.py's knobs. This file never imports train.py.
+`knobs` is the namespace of train.py's knobs (for model_config, a dict). This file never imports
+train.py.
 """
 import itertools
 import json
@@ -80,7 +81,11 @@ def expected_of_phase(key, value, names):
 
 
 def complete_phases(phases, steps_scale=1.0):
-    """Fill in what phases may leave out and scale their steps; refuse in one line what is wrong."""
+    """Fill in, in place, what phases may leave out, and multiply their steps and warmups.
+
+    What is wrong with them ends the program in one line.
+    """
+    check_range({'steps_scale': steps_scale}, 0, 2**63, 'steps_scale')
     for phase in phases:
         if not isinstance(phase, dict):
             fail(f'phases: {phase!r} should be a dict, like those in config/proxy20m.py')
@@ -103,17 +108,19 @@ def complete_phases(phases, steps_scale=1.0):
 
 
 def check_knobs(knobs, world):
-    """End the program in one line where the knobs cannot be right for `world` ranks."""
+    """End the program in one line where the knobs cannot be right for `world` ranks.
+
+    Their phases are those that complete_phases has left.
+    """
     values = vars(knobs)
     check_range(values, 1, 2**63, 'log_interval', 'eval_interval', 'eval_rows',
                 'checkpoint_interval', 'micro_batch_tokens')
     check_range(values, 1, 2**16, 'fp8_amax_history_len')
     check_range(values, 1, 2**22, 'hang_seconds')
-    check_range(values, 0, 2**63, 'seed', 'steps_scale', 'learning_rate', 'embedding_lr',
+    check_range(values, 0, 2**63, 'seed', 'learning_rate', 'embedding_lr',
                 'weight_decay', 'grad_clip', 'keep', 'reference_margin')
     check_range(values, -16, 17, 'fp8_margin')
     check_range(values, 0, 1, 'beta1', 'beta2', 'momentum')
-    complete_phases(knobs.phases, knobs.steps_scale)
     check_range(values, -1, sum(phase['steps'] for phase in knobs.phases), 'replay')
     for phase in knobs.phases:
         if phase['batch'] % world:
@@ -356,10 +363,10 @@ def check_first_start(folder, knobs, given, step):
     except (ValueError, LookupError, TypeError):
         fail(f'{folder}/run.json is damaged, and there is no checkpoint at or before step '
              f'{knobs.replay} to begin with')
-    deciding = FREE - {'init_from'}
-    then = {knob: value for knob, value in first_knobs.items() if knob not in deciding}
+    free = FREE - {'init_from'}
+    then = {knob: value for knob, value in first_knobs.items() if knob not in free}
     now = json.loads(json.dumps(given))                          # tuples become lists
-    now = {knob: value for knob, value in now.items() if knob not in deciding}
+    now = {knob: value for knob, value in now.items() if knob not in free}
     if now != then or step != first_step:
         fail(f'{folder} has no checkpoint at or before step {knobs.replay}, and it began otherwise '
              'than this would, by its run.json')

@@ -50,6 +50,7 @@ from run import (
 )
 from start import (
     check_knobs,
+    complete_phases,
     computes_in_bf16,
     delayed_scaling,
     open_folder,
@@ -141,9 +142,9 @@ def lr_at(step):
 
     Warmup-Stable-Decay: a phase's lr = (start, peak, end), in units of the knobs learning_rate and
     embedding_lr. (What a phase leaves out, start.complete_phases has filled in.) Linear from start
-    to peak over its warmup; then, at share r of the steps left, 'constant' peak, 'linear' to end,
-    or 'exponential', which in Megatron's WSD is end + (2 · 0.5^r - 1)(peak - end), shifted so as to
-    reach end (Xmodel-2.5's configuration).
+    to peak over its warmup. Then, with r the share that is done of the steps after the warmup,
+    'constant' peak, 'linear' to end, or 'exponential': end + (2 · 0.5^r - 1)(peak - end), as in
+    Megatron's WSD and Xmodel-2.5's configuration, one half-life stretched so as to reach end.
     """
     phase, first = phase_at(step)
     return (learning_rate * factor_at(phase, step - first, phase['lr']),
@@ -158,12 +159,12 @@ def factor_at(phase, i, lr):
         return start + (peak - start) * i / warmup
     r = (i - warmup) / max(1, phase['steps'] - warmup)           # from 0 after the warmup to 1
     if phase['decay'] == 'constant':
-        left = 1
+        height = 1
     elif phase['decay'] == 'linear':
-        left = 1 - r
+        height = 1 - r
     else:
-        left = 2 * 0.5**r - 1
-    return end + left * (peak - end)
+        height = 2 * 0.5**r - 1
+    return end + height * (peak - end)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -274,21 +275,21 @@ def main(knobs, given, defaults):
             T = phase['block_size']
             rows = phase['batch'] // world                       # of this rank, in each batch
             micro_batch = rows_of_a_micro_batch(rows, T, micro_batch_tokens)
-            read_before = windows_before(phases, phase, seed)    # of this T, no text comes twice
+            read_before = windows_before(phases, phase, seed)    # by the phases before
             same_kind = phase['optimizer'] == state.optimizer
             if optimizers is None or not same_kind:
                 optimizers = make_optimizers(phase['optimizer'], model.param_groups(weight_decay),
                                              (beta1, beta2), momentum, muon_split,
                                              torch.bfloat16 if bf16 else torch.float32)
-                if same_kind:                                    # a checkpoint's run goes on
-                    start.load_moments(optimizers)
-                elif state.optimizer:                            # else step 0: nothing to keep
-                    # AdamW -> Muon, where the decay begins. All state is fresh, as in Xmodel-2.5:
-                    # AdamW keeps means of gradients and of their squares, Muon a sum of gradients.
-                    # (Embedding and gains stay with AdamW, but begin anew, too.) See docs/muon.md
-                    note = f'optimizer {state.optimizer} -> {phase["optimizer"]}, with fresh state'
-                    watch.expect_no_spike(step)
-                state.optimizer = phase['optimizer']
+                if same_kind:                                    # this run continues from a
+                    start.load_moments(optimizers)               # checkpoint: its state, too
+            if state.optimizer and not same_kind:
+                # AdamW -> Muon, where the decay begins. All state is fresh, as in Xmodel-2.5:
+                # AdamW keeps means of gradients and of their squares, Muon a sum of gradients.
+                # (Embedding and gains stay with AdamW, but begin anew, too.) See docs/muon.md
+                note = f'optimizer {state.optimizer} -> {phase["optimizer"]}, with fresh state'
+                watch.expect_no_spike(step)
+            state.optimizer = phase['optimizer']
             print_once(f'step {step}: phase {phase["name"]}' + (f', {note}' if note else ''))
 
         # --- data: this rank's rows of the batch, in micro-batches of (micro_batch, T) ---
@@ -370,7 +371,8 @@ if __name__ == '__main__':
     with mistakes_printed_once():
         defaults = knob_values(globals())
         configure(globals(), default='config/proxy20m.py')
-        given = copy.deepcopy(knob_values(globals()))
+        given = copy.deepcopy(knob_values(globals()))            # as the user has set them
+        complete_phases(phases, steps_scale)
         knobs = SimpleNamespace(**knob_values(globals()))        # the same values, for run.py
         check_knobs(knobs, int(os.environ.get('WORLD_SIZE', '1')))
     with system_errors_in_one_line(out_dir):

@@ -40,7 +40,7 @@ from lab.roofline import (
 )
 from model import Xmodel, XmodelConfig
 from muon import assign_owners, make_optimizers, newton_schulz_flops
-from start import check_knobs, model_config, rows_of_a_micro_batch
+from start import check_knobs, complete_phases, model_config, rows_of_a_micro_batch
 
 gpus = 8
 gpu = 'h100'                  # 'a100' | 'h100' | 'h200' | 'b200'
@@ -527,6 +527,7 @@ def main(argv):
     configure(globals(), own)
     check_range(globals(), 1, 2**16 + 1, 'gpus')
     configure(vars(train), [arg for arg in argv if arg not in own], default='config/xmodel25.py')
+    complete_phases(train.phases, train.steps_scale)
     check_knobs(SimpleNamespace(**vars(train)), 1)
     on = GPUS[gpu]
     if train.fp8 and not on.fp8:

@@ -22,7 +22,7 @@ import train
 from checkpoint import read_log
 from configurator import configure, fail
 from model import mup_table
-from start import check_knobs, model_config
+from start import check_knobs, complete_phases, model_config
 from train import lr_at
 
 png = ''                      # file to write; '': a name by its kind, in the first one's folder
@@ -488,6 +488,7 @@ def main_schedule(argv):
     own = [arg for arg in argv if arg.partition('=')[0] in ('--png', '--help', '-h')]
     configure(globals(), own)
     configure(vars(train), [arg for arg in argv if arg not in own], default='config/xmodel25.py')
+    complete_phases(train.phases, train.steps_scale)
     check_knobs(SimpleNamespace(**vars(train)), 1)
     try:
         table = mup_table(model_config(vars(train)))
