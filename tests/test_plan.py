@@ -283,7 +283,7 @@ def test_a_phase_of_the_paper_run_by_hand(monkeypatch):
     # between nodes, 15/16 at 80 % of 400.
     assert eight['exposed'] == pytest.approx(0.01139, rel=1e-3)
     assert sixteen['exposed'] == pytest.approx(0.01373, rel=1e-3)
-    # AdamW on eight: norm and zeros read or write 16 bytes a parameter, an eighth of the step 28 / 8,
+    # AdamW on eight: norm and zeros read or write 16 bytes a parameter, the step 28 / 8,
     # the exchange 8: in all 37.1 GB at 73 % of 3.35 TB/s
     adamw = plan.plan_phase(PHASE | {'optimizer': 'adamw'}, c, 8, h100)
     assert adamw['optimizer'] == pytest.approx(0.01518, rel=1e-3)
