@@ -18,6 +18,7 @@ import argparse
 import errno
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -295,6 +296,8 @@ def prepare(source, out_dir, vocab_size=16_384, val_fraction=0.05, on_error='rai
     get_tokenizer(vocab_size)                                  # refuses a wrong vocab_size
     if not 0 < val_fraction < 1:
         raise ValueError(f'val_fraction={val_fraction} should lie between 0 and 1')
+    if not 0 <= max_mb < math.inf:
+        raise ValueError(f'max_mb={max_mb} should be 0 or more')
     out, skipped = Path(out_dir), Counter()
     if out.exists() and not overwrite:
         raise ValueError(f'{out} exists already: --overwrite replaces it')

@@ -116,6 +116,20 @@ def test_no_flipped_bit_is_more_than_damage(tmp_path):
         assert {(at, bit) for at in parts[kind] for bit in range(8)} <= seen, kind
 
 
+def test_a_flipped_bit_is_seen_at_either_end_of_any_tensor_large_or_small(tmp_path):
+    path, sizes = tmp_path / 'x.pt', (3, 1_000_000, 1023, 1025, 300_000, 20_000, 1)
+    generator = torch.Generator().manual_seed(0)
+    state = {f'{i}': torch.randn(n, generator=generator) for i, n in enumerate(sizes)}
+    torch.save(state, path)
+    content = path.read_bytes()
+    for t in state.values():
+        begin = content.index(t.numpy().tobytes())
+        for at in {begin, begin + t.nbytes // 2, begin + t.nbytes - 1}:
+            with flipped(path, at, at % 8):
+                assert checkpoint.damaged(path), (t.shape, at - begin)
+    assert path.read_bytes() == content and not checkpoint.damaged(path)
+
+
 def test_a_flipped_bit_is_refused_or_changes_nothing_that_is_read(tmp_path):
     path = tmp_path / 'step_3.pt'
     model = Xmodel(XmodelConfig(n_layer=1, n_head=1, n_kv_head=1, n_embd=2, n_ffn=2, vocab_size=4,
@@ -213,6 +227,14 @@ def test_run_json_keeps_the_first_start(tmp_path):
     (tmp_path / 'run.json').write_text('{"n": ')                 # cut off
     checkpoint.begin_folder(tmp_path, 5, {'n': 5})
     assert starts() == [5]
+
+
+def test_a_run_that_begins_has_no_heartbeats_of_ranks_before_it(tmp_path):
+    for step in (0, 5):                                          # anew, and resumed
+        for rank in range(3):
+            (tmp_path / f'heartbeat_{rank}').write_text('step 4, then')
+        checkpoint.begin_folder(tmp_path, step, {})
+        assert sorted(os.listdir(tmp_path)) == ['log.jsonl', 'run.json']
 
 
 def test_the_hash_of_the_code_is_of_all_that_decides_a_run(tmp_path, monkeypatch):

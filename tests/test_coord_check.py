@@ -1,12 +1,14 @@
 """coord_check.py: every broken rule fails the row that it should, the unbroken hold, in small."""
 import json
 import math
+from itertools import combinations
 
 import pytest
 import torch
 from conftest import refused, run
 
 from lab import coord_check
+from loader import open_data
 from model import Xmodel, apply_rope, rope_angles
 
 SMALL = {'widths': '64,128,256', 'n_layer': 2, 'steps': 2, 'seeds': 2,
@@ -109,6 +111,16 @@ def test_each_seed_has_an_init_of_its_own():
     assert a == again
     for quantity in ('embedding', 'residual stream', 'logits'):
         assert a[0][quantity][0] != b[0][quantity][0]            # the size at init
+
+
+def test_each_seed_and_each_step_has_a_text_of_its_own(monkeypatch, data_dir):
+    for key, value in SMALL.items():
+        monkeypatch.setattr(coord_check, key, value)
+    data = open_data(data_dir, ['stdlib'], SMALL['vocab_size'])
+    texts = [x for seed in (0, 1) for x, _ in coord_check.make_batches(data, seed)]
+    assert len(texts) == 4                                       # of two steps
+    assert not any(torch.equal(a, b) for a, b in combinations(texts, 2))
+    assert torch.equal(coord_check.make_batches(data, 1)[0][0], texts[2])
 
 
 def test_slope():

@@ -19,7 +19,15 @@ import torch
 import data_prep
 import loader
 from data_prep import arith, prepare
-from loader import count_draws, get_batch, get_windows, open_data, permute, windows_before
+from loader import (
+    check_ids,
+    count_draws,
+    get_batch,
+    get_windows,
+    open_data,
+    permute,
+    windows_before,
+)
 from tokenizer import EOS_ID, get_tokenizer
 
 V = 512
@@ -300,6 +308,7 @@ def test_unusable_documents_are_named_or_skipped_and_counted(tmp_path, capsys, n
     (['arith', '--num_docs=0'], 'no documents'),
     (['arith', '--num_docs=1'], 'one SFT document'), (['arith', '--vocab_size=9'], 'vocab_size=9'),
     (['arith', '--val_fraction=1'], 'val_fraction=1.0 should lie between 0 and 1'),
+    (['arith', '--max_mb=-1'], 'max_mb=-1.0 should be'), (['arith', '--max_mb=nan'], 'max_mb=nan'),
     (['arith', '--on_error=no'], '--on_error'), (['arith', '--seed=x'], '--seed'),
     (['arith', '--colour=red'], '--colour'), (['arith', '--out_dir=x.bin/out'], 'x.bin'),
     (['arith', '--out_dir=hollow'], 'hollow exists already: --overwrite replaces it'),
@@ -382,6 +391,22 @@ def test_open_data_refuses_in_one_line(tmp_path):
         refused('meta.json is damaged')
     (tmp_path / 'x/meta.json').write_text(json.dumps({**meta, 'tokenizer_sha256': 'f' * 64}))
     refused('with tokenizer')
+
+
+@pytest.mark.parametrize('largest', [V - 1, V])
+def test_an_id_for_which_a_model_has_no_row_is_refused(tmp_path, largest):
+    meta = prepare('arith', tmp_path / 'x', V, num_docs=100)
+    ids = np.fromfile(tmp_path / 'x/val.bin', np.uint16)
+    ids[3] = largest
+    ids.tofile(tmp_path / 'x/val.bin')
+    meta['val']['sha256'] = hashlib.sha256(ids.tobytes()).hexdigest()
+    (tmp_path / 'x/meta.json').write_text(json.dumps(meta))
+    data = open_data(tmp_path, ['x'], V)
+    if largest < V:
+        check_ids(tmp_path, data)
+        return
+    with pytest.raises(ValueError, match=f'val.bin has the id {V}, which is not below'):
+        check_ids(tmp_path, data)
 
 
 # --- the loader ---

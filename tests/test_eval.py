@@ -1,5 +1,6 @@
 """eval.py's own scores and its table, beside float64 and what is known."""
 import math
+import shutil
 from pydoc_data.topics import topics
 from types import SimpleNamespace
 
@@ -76,6 +77,18 @@ def test_a_sum_may_take_twice_the_tokens_of_the_longest_written_answer(data_dir,
     model = SimpleNamespace(embed=SimpleNamespace(weight=torch.zeros(1)))
     assert script.arithmetic(model, data, tokenizer) == (3 * 6, 24)      # of 8 two are too late
     assert len(longest) == 3 and len(set(longest)) > 1
+
+
+def test_a_calculation_that_comes_again_in_other_words_is_tried_once(monkeypatch):
+    tokenizer = get_tokenizer(512)
+    problems = [('Tom has 1 pen and gets 1.', '1 + 1 = 2\n#### 2'),
+                ('Ann has 1 coin and gets 1.', '1 + 1 = 2\n#### 2'),
+                ('Ben has 2 pens and gets 1.', '2 + 1 = 3\n#### 3')]
+    pairs = [tuple(map(tokenizer.encode_ordinary, problem)) for problem in problems]
+    data = SimpleNamespace(pairs={'val': pairs}.get)
+    monkeypatch.setattr(script, 'complete', lambda model, tokenizer, prompts, *rest, **how:
+                        [SimpleNamespace(text='#### 2')] * len(prompts))
+    assert script.arithmetic(None, data, tokenizer) == (1, 2)
 
 
 @pytest.mark.parametrize('k, n', [(0, 10), (10, 10), (209, 400), (1, 3)])
@@ -176,3 +189,16 @@ def test_scores_of_other_weights_are_not_kept(tiny_run, tmp_path):
     assert table()[0] == first                                     # though the file is a new one
     checkpoint['model']['blocks.1.ffn.down.weight'][3, 4] += 1e-3
     assert not table()[0]['tasks']
+
+
+def test_scores_with_another_tokenizer_are_not_kept(tiny_run, tmp_path):
+    shutil.copy(tiny_run / 'step_20.pt', tmp_path)
+
+    def table(tokenizer):
+        (tmp_path / 'tokenizer.json').write_text(tokenizer)
+        return script.open_table(script.read_checkpoint(tmp_path))
+
+    first, save = table('one')
+    first['tasks']['mine'] = {'settings': {'limit': 0, 'shots': None}, 'parts': {}, 'scores': {}}
+    save()
+    assert table('one')[0] == first and not table('another')[0]['tasks']

@@ -178,6 +178,9 @@ def told(tokens, stop, tokenizer, stop_ids=(EOS_ID,)):
     ('one two three', ['wo th'], 'one t', 'stop'),               # across tokens
     ('one two three', ['three', 'two'], 'one ', 'stop'),         # the first of them in the text
     ('one two three', ['three and'], 'one two three', 'length'),  # begins, and is not ended
+    ('we need it', ['eed'], 'we n', 'stop'),                     # begins with its own beginning
+    ('we need it', ['ex', 'need'], 'we ', 'stop'),               # two begin, one before the other
+    ('we need it', ['need', 'ex'], 'we ', 'stop'),
     ('日本語', ['本'], '日', 'stop'),                              # characters of several tokens
 ])
 def test_a_stop_string_ends_the_text_and_is_never_told(text, stop, expected, finish):
@@ -287,6 +290,16 @@ def test_an_answer_ends_where_the_model_ends_its_document(tmp_path):
     chain = make_chain(tmp_path, [prompt, word, EOS_ID, other])
     row, = lines(run('sample.py', chain, '--prompt=a', '--format=json', '--max_new_tokens=9'))
     assert (row['text'], row['ids'], row['finish']) == ('X', [word, EOS_ID], 'eos')
+
+
+def test_the_answer_stands_in_the_place_of_a_field_that_a_batchs_line_had(tmp_path):
+    prompt, word = (get_tokenizer(512).encode_ordinary(text)[-1] for text in 'aX')
+    chain = make_chain(tmp_path / 'run', [prompt, word, EOS_ID])
+    asked = {'prompt': 'a', 'text': 'a reference', 'finish': 'never', 'ids': [], 'id': 7}
+    (tmp_path / 'b.jsonl').write_text(json.dumps(asked))
+    row, = lines(run('sample.py', chain, f'--batch={tmp_path / "b.jsonl"}', '--format=json'))
+    assert (row['text'], row['ids'], row['finish']) == ('X', [word, EOS_ID], 'eos')
+    assert (row['prompt'], row['id']) == ('a', 7)                # the rest comes back
 
 
 def test_samples_and_stop_strings(tiny_run, batch):

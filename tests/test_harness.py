@@ -14,6 +14,7 @@ from conftest import make_chain, refused, run
 
 import eval as script
 from checkpoint import load_model
+from generate import complete
 from model import Xmodel, XmodelConfig
 from tokenizer import EOS_ID, get_tokenizer
 
@@ -153,6 +154,18 @@ def test_what_begins_alike_is_read_once():
     assert [len(members) for _, members in alone] == [1, 1]
 
 
+@pytest.mark.parametrize('batch_tokens, n', [(75, 5), (60, 4), (59, 3), (30, 2), (29, 1), (1, 1)])
+def test_a_batch_has_as_many_tokens_as_it_may_and_no_more(batch_tokens, n):
+    branch = harness.Branch(tuple(range(15)), [(0, [1])])
+    assert harness.next_batch([(10, [branch])] * 5, batch_tokens) == n       # of 10 + 5 tokens
+
+
+def test_the_padding_of_a_batch_counts():
+    long, short = (harness.Branch(tuple(range(m)), [(0, [1])]) for m in (22, 15))
+    groups = [(10, [short]), (2, [long])]                         # 10 + 5, and 2 + 20 tokens
+    assert [harness.next_batch(groups, 2 * (10 + 20) - less) for less in (0, 1)] == [2, 1]
+
+
 def test_chats_are_those_of_the_template(folder):
     lm = harness.XmodelLM(folder / 'run')
     said = [{'role': 'user', 'content': 'A'}, {'role': 'assistant', 'content': 'B'}]
@@ -174,6 +187,42 @@ def test_an_answer_ends_where_the_model_ends_its_document(tmp_path):
     settings = {'until': ['\n\n'], 'max_gen_toks': 9, 'do_sample': False}
     request = lm_eval.api.instance.Instance('generate_until', {}, ('a', settings), 0)
     assert lm.generate_until([request], disable_tqdm=True) == ['X']
+
+
+def test_a_prompt_loses_its_beginning_where_the_answer_needs_the_room(tmp_path, monkeypatch):
+    read = []
+
+    def recording(model, tokenizer, prompts, *rest, **how):
+        read.extend(prompts)
+        return complete(model, tokenizer, prompts, *rest, **how)
+
+    monkeypatch.setattr(harness, 'complete', recording)
+    text = 'one two three four five six seven'
+    ids = get_tokenizer(512).encode_ordinary(text)
+    lm = harness.XmodelLM(make_chain(tmp_path, [ids[-1]]), max_length=8)
+
+    def answer(n):
+        settings = {'until': ['\n\n'], 'max_gen_toks': n, 'do_sample': False}
+        request = lm_eval.api.instance.Instance('generate_until', {}, (text, settings), 0)
+        return lm.generate_until([request], disable_tqdm=True)
+
+    for n in (5, 7):
+        answer(n)
+        assert read.pop() == ids[-(8 - n):]
+    for n in (8, 9):                                               # no room for a single token
+        with pytest.raises(ValueError, match=f'{n} tokens are to be generated'):
+            answer(n)
+    assert not read and len(ids) > 8
+
+
+def test_of_a_continuation_that_is_too_long_the_end_is_scored(folder):
+    lm = harness.XmodelLM(folder / 'run', max_length=8)
+    text = ' '.join(SENTENCES[:3])
+    ids = torch.tensor(lm.tok_encode('So') + lm.tok_encode(f' {text}'))
+    (found, greedy), = lm.loglikelihood(
+        [lm_eval.api.instance.Instance('loglikelihood', {}, ('So', f' {text}'), 0)])
+    right = lm.model.double()(ids[None, -9:-1])[0][0].log_softmax(-1).gather(1, ids[-8:, None])
+    assert len(ids) > 20 and found == pytest.approx(right.sum().item(), rel=1e-5) and not greedy
 
 
 def test_weights_are_rounded_to_the_dtype_that_was_asked_for(folder):

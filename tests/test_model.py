@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import configurator
 import model as network
@@ -274,6 +275,18 @@ def test_parameters(file, total, embedding):
     model = build(config_of(file), device='meta')
     assert model.num_params() == total
     assert model.num_params(embedding=False) == total - embedding
+
+
+def test_flops_of_a_token_are_those_that_torch_counts():
+    model, (B, T) = build(TINY), (2, 64)
+    idx = ids(TINY, B, T)
+    with FlopCounterMode(display=False) as counter:              # counts no attention on a CPU
+        model(idx, idx)[1].backward()
+    q = B, TINY.n_head, T, TINY.hd
+    # backward is twice the forward pass, and half of the keys are masked
+    attention = TINY.n_layer * 3 * sdpa_flop_count(q, q, q) / 2
+    gains = 6 * B * T * sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    assert B * T * model.flops_per_token(T) == counter.get_total_flops() + attention + gains
 
 
 def test_a_seed_fixes_init_and_another_draws_every_matrix_anew():

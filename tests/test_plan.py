@@ -62,6 +62,18 @@ def test_a_gemm_bound_by_flops_gains_two_and_one_by_bytes_what_it_moves():
     assert gain(16, 1024, 1024) == pytest.approx(2 * (16 + 1024 + 16) / (16 + 1024 + 2 * 16))
 
 
+def test_a_micro_batch_takes_the_time_of_its_own_way_of_scaling():
+    c, on = replace(XmodelConfig(), block_size=3712), roofline.GPUS['h100']
+    work = roofline.work_of_a_step(c, 2)
+    seconds = []
+    for knob, way in ((False, 'bf16'), (True, 'delayed'), ('dynamic', 'dynamic')):
+        seconds.append(roofline.seconds_of_a_micro_batch(c, 2, on, knob))
+        right = roofline.roofline(work, way, on, roofline.REACHED)
+        assert seconds[-1] == pytest.approx(right), way
+    bf16, delayed, dynamic = seconds
+    assert delayed < dynamic and delayed < bf16                  # dynamic has more to move
+
+
 def test_seconds_are_those_that_an_h100_took():
     for m in plan.MEASURED:
         if m.compiled and m.rows * m.T > 10_000:
@@ -294,6 +306,18 @@ def test_a_phase_of_the_paper_run_by_hand(monkeypatch):
     assert eight['tok_per_s'] == pytest.approx(960 * 3776 / measured, rel=0.05)
     # 10.8 GB of weights and gradients, 0.77 of state, and 53.05 (an H100's 4 x 3712) of activations
     assert eight['memory'] == pytest.approx(10.8e9 + 0.77e9 + 53.05e9 * 3776 / 3712, rel=0.02)
+
+
+def test_the_state_is_that_of_the_rank_that_keeps_most(monkeypatch):
+    phase, world = PHASE | {'batch': 6, 'block_size': C.block_size}, 3
+    state = plan.plan_phase(phase, C, world, roofline.GPUS['h100'])['state']
+    monkeypatch.setattr(muon, 'ranks', lambda: (0, world))
+    matrices, adamw = muon.make_optimizers('muon', Xmodel(C).param_groups())
+    momentum = [sum(4 * p.numel() for p, rank in matrices.owner.items() if rank == own)
+                for own in range(world)]
+    others = sum(p.numel() for group in adamw.param_groups for p in group['whole'])
+    assert state == pytest.approx(max(momentum) + 8 * others / world, rel=1e-3)
+    assert max(momentum) > 1.05 * sum(momentum) / world         # they cannot be shared evenly
 
 
 def test_the_plan_in_results_is_of_this_code(monkeypatch):

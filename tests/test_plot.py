@@ -78,6 +78,16 @@ def test_validations_of_several_runs_less_those_of_the_first(tmp_path, figures):
     assert list(shorter[:5]) == [0] * 5 and np.isnan(shorter[5:]).all()
 
 
+def test_the_first_steps_do_not_flatten_the_rest(tmp_path, figures):
+    run = write_run(tmp_path / 'run')
+    lines = [json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()]
+    for line in lines[:8]:                                       # a twenty-fifth of 200
+        line['loss'] = 20.0
+    (run / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    plot.plot_loss([run], '', tmp_path / 'loss.png')
+    assert figures[0].axes[0].get_ylim()[1] == lines[8]['loss']
+
+
 def result(folder, name, told):
     folder.mkdir(exist_ok=True)
     (folder / f'{name}.json').write_text(json.dumps(told))

@@ -173,6 +173,24 @@ def test_what_is_no_python_does_not_pass(watched):
         assert seen.told == (['begins', 'ends'] if right else [])
 
 
+def test_the_whole_word_and_nothing_else_is_a_pass(monkeypatch):
+    word = '0123456789abcdef' * 2
+    monkeypatch.setattr(sandbox.secrets, 'token_hex', lambda n: word)
+    for text, right in ((word, True), (word[:-1], False), (word[1:], False), (word[:1], False),
+                        (f'{word}0', False), (word.upper(), False), ('', False)):
+        # a program that knows it, and leaves before its end
+        program = WRITES.format(text.encode()) + '\nos._exit(0)'
+        assert sandbox.passes(f'import os\n{program}') == right, text
+
+
+def test_a_program_has_no_names_but_its_own_and_pythons():
+    # and is no __main__, as for lm-eval
+    for program, right in (('assert math.pi > 3', False), ('import math; assert math.pi > 3', True),
+                           ('assert len(os.name)', False), ('assert len("a")', True),
+                           ('if __name__ == "__main__": 1 / 0', True)):
+        assert sandbox.passes(program) == right, program
+
+
 @pytest.mark.parametrize('name', ['3 GB that nobody reads', 'large file'])
 def test_without_the_sandbox_the_same_acts_are_possible(name, told, tmp_path):
     telling, lines = told

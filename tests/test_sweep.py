@@ -2,13 +2,14 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from conftest import ROOT, refused, run
+from conftest import ROOT, modules_of_a_run, refused, run
 
 from lab import sweep, trials
 
@@ -140,6 +141,29 @@ def test_a_trial_of_other_code_or_text_is_run_again(tmp_path, config, monkeypatc
     assert first['flags'] == second['flags'] and first['made_of'] != second['made_of']
 
 
+def test_the_hash_of_a_trial_is_of_all_that_decides_its_loss(tmp_path, data_dir, monkeypatch):
+    names = modules_of_a_run()
+    files = [tmp_path / f'{name}.py' for name in names] + [tmp_path / 'data/stdlib/meta.json']
+    for file in files[:-1]:
+        shutil.copy(ROOT / file.name, file)
+    files[-1].parent.mkdir(parents=True)
+    shutil.copy(data_dir / 'stdlib/meta.json', files[-1])
+    monkeypatch.setattr(sweep.train, '__file__', str(tmp_path / 'train.py'))
+    knobs = {'data_dir': str(tmp_path / 'data'), 'phases': [{'data': {'stdlib': 1.0}}]}
+    monkeypatch.setattr(sweep, 'base_knobs', lambda: knobs)
+    whole = sweep.made_of.__wrapped__()
+    for file in files:
+        if file.stem in ('checkpoint', 'configurator', 'tokenizer'):       # not read by a trial,
+            continue                                                       # or in meta.json
+        text = file.read_text(encoding='utf-8')
+        file.write_text(text + '\n', encoding='utf-8')
+        assert sweep.made_of.__wrapped__() != whole, file.name
+        file.write_text(text, encoding='utf-8')
+    assert sweep.made_of.__wrapped__() == whole and len(names) > 6
+    knobs['seed'] = 1
+    assert sweep.made_of.__wrapped__() != whole
+
+
 def test_a_config_among_the_flags_counts_as_well(tmp_path, config):
     command = ['transfer', '--widths=32', '--exponents=-6,-6', '--seeds=1', '--rules=sp', config,
                '--flags=more.py']
@@ -148,6 +172,28 @@ def test_a_config_among_the_flags_counts_as_well(tmp_path, config):
         assert run('lab.sweep', *command, cwd=tmp_path).returncode == 0
     first, second = lines(tmp_path)
     assert first['flags'] == second['flags'] and first['loss'] != second['loss']
+
+
+def test_each_trial_is_run_once_and_has_its_result_where_it_was_asked_for(tmp_path, monkeypatch):
+    ran = []
+
+    def run_trials(todo, jobs):
+        for trial in reversed(todo):                             # as one may end before another
+            ran.append(*trial)
+            yield trial, {'status': 'ok', 'loss': float(trial[0]), 'losses': [], 'seconds': 1}
+
+    monkeypatch.setattr(trials, 'run_trials', run_trials)
+    wanted, file = [['3'], ['1'], ['3'], ['2']], tmp_path / 'mine/trials.jsonl'
+    for made_of, times in (('code', 1), ('code', 1), ('other code', 2)):     # kept, and run anew
+        found = trials.results_of(wanted, file, made_of, 1, {})
+        assert [entry['loss'] for entry in found] == [3, 1, 3, 2]
+        assert sorted(ran) == sorted(['1', '2', '3'] * times)
+    # another sweep takes what this one has run, and no more
+    ran.clear()
+    file = tmp_path / 'theirs/trials.jsonl'
+    assert [entry['loss'] for entry in trials.results_of([['2'], ['4']], file, 'code', 1, {})] == \
+        [2, 4]
+    assert ran == ['4'] and file.read_text().count('\n') == 2
 
 
 @pytest.mark.parametrize('n, last', [(47, 4), (7, 1)])

@@ -250,6 +250,16 @@ _main.get_batch = _counting
     assert first['grad_norm'] == pytest.approx(norm.item(), rel=1e-4)
 
 
+def test_a_clip_of_0_leaves_gradients_alone(tiny, tmp_path):
+    for name, clip in (('none', 0.0), ('far away', 1e9)):
+        done = run('train.py', *tiny, f'--out_dir={tmp_path / name}', f'--grad_clip={clip}',
+                   '--phases.decay.steps=0', '--phases.long.steps=0', '--checkpoint_interval=99')
+        assert done.returncode == 0, done.stderr
+    none, far_away = log(tmp_path / 'none'), log(tmp_path / 'far away')
+    assert none == far_away and none[-1]['loss'] < none[0]['loss'] - 1
+    assert max(line['grad_norm'] for line in none) > 1           # there was something to clip
+
+
 def test_a_spike_after_the_change_of_optimizer_is_reported(tiny, tmp_path):
     done = run('train.py', *tiny, f'--out_dir={tmp_path / "run"}',
                '--phases.decay.lr=(0, 400, 400)')
