@@ -345,7 +345,7 @@ def changes(old, new, path=''):
 if __name__ == '__main__':
     try:
         for key, value in read_checkpoint(sys.argv[1] if sys.argv[1:] else 'out/proxy20m').items():
-            print(f'{key}: {", ".join(value) if key == "model" else str(value)[:1000]}')
+            print(f'{key}: {", ".join(value) if key == "model" else str(value)[:200]}')
     except ValueError as e:
         print(f'checkpoint.py: {e}', file=sys.stderr)
         sys.exit(2)

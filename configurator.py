@@ -198,7 +198,7 @@ def configure(script, argv=None, default=None, positional=()):
             key += '_' * keyword.iskeyword(key)                  # --break sets the knob break_
             values = put(values, key.split('.'), text if given else True, choices.get(key), {})
         except ValueError as e:
-            fail(f'{place}: {e}{space_hint(flags, i)}')
+            fail(f'{place}: {e}{space_hint(flags, i, values)}')
     script.update(values)
 
 
@@ -218,7 +218,7 @@ def apply_config(file, values, choices):
     return values
 
 
-def space_hint(flags, i):
+def space_hint(flags, i, known):
     """Where flag number i is wrong since a space is in the place of =, how to write it; or ''."""
     before, after = i, i + 1
     if flags[i][:1] != '-':
@@ -226,5 +226,7 @@ def space_hint(flags, i):
     if before < 0 or after == len(flags) or flags[after][:1] == '-':
         return ''
     if flags[before][:2] != '--' or '=' in flags[before]:
+        return ''
+    if flags[before][2:].split('.')[0] not in known:
         return ''
     return f'; without a space: {flags[before]}={flags[after]}'

@@ -214,6 +214,7 @@ def new_path(path):
     After an exception nothing is left.
     """
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    new_parent = not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -221,6 +222,9 @@ def new_path(path):
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)
+        if new_parent:
+            with suppress(OSError):                                # unless it holds something
+                path.parent.rmdir()
 
 
 def write_json(path, content):
@@ -607,6 +611,8 @@ def main():
         fail('--from_hf takes weights as they are: without --format and --dtype')
     if dtype == 'q8_0' and format != 'gguf':
         fail(f'dtype=q8_0 is for format=gguf, not for {format}')
+    if Path(target).suffix == '.gguf' and format != 'gguf':
+        fail(f'{target}: with --format=gguf this file is written; format={format} is a folder')
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))       # so that new_path cleans up
     try:
         if Path(target).exists():

@@ -17,7 +17,7 @@ vocab_size = 129_280
 mup_rules = 'authors'                   # with the released code's two deviations from the textbook
 # the authors' own; '1/sqrt(m)' is what transfers (results/README.md): at m = 6, 2.4 times this
 muon_lr_scaling = '1/m'
-fp8 = True                              # needs an H100, or what came after it
+fp8 = True                              # fast on an H100, or what came after it
 
 _stable = {
     'ultrafineweb-en': 0.41, 'ultrafineweb-zh': 0.20, 'starcoder': 0.26, 'books': 0.01,

@@ -414,7 +414,7 @@ def load_metric(allow_code_execution, name, *args, **options):
         raise ValueError(f'its metric {name} comes from the hub as a program')
     if not allow_code_execution:
         raise ValueError('it runs programs that the model wrote: --allow_code_execution lets it '
-                         '(what is not contained then: see sandbox.py)')
+                         '(what is not contained then: see lab/sandbox.py)')
     return CodeEval
 
 
@@ -550,6 +550,8 @@ def differences(kept, settings):
 
 def print_left_out(name, reason):
     """Print in one line why a task is left out."""
+    if isinstance(reason, KeyError):
+        reason = f'its data have no split or column {reason}'
     lines = str(reason).splitlines() or [type(reason).__name__]
     print(f'eval.py: {name} is left out: {lines[0][:300]}', file=sys.stderr)
 

@@ -115,10 +115,13 @@ def plot_loss(runs, png, default):
                                       height_ratios=(4, 1))
     top, bottom = panels[0], panels[-1]
 
-    for i, (run, log) in enumerate(zip(runs, logs)):
+    names = [Path(run).name for run in runs]
+    if len(set(names)) < len(names):
+        names = list(map(str, runs))
+    for i, (name_of_run, log) in enumerate(zip(names, logs)):
         tokens, loss, lr = (np.array([entry[key] for entry in log])
                             for key in ('tokens', 'loss', 'lr'))
-        prefix = f'{Path(run).name}: ' if several else ''
+        prefix = f'{name_of_run}: ' if several else ''
         colour = COLOURS[i % 7]
         top.plot(tokens, loss, color=colour, alpha=0.25, linewidth=0.6)
         top.plot(tokens, smooth(loss), color=colour, label=f'{prefix}training')
