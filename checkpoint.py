@@ -234,13 +234,27 @@ def load_model(path, device='cpu'):
 # --------------------------------------------------------------------------------------------------
 # The other files of a run's folder: log.jsonl, run.json, lock
 
+def to_json(value, **options):
+    """JSON of a value, in which NaN and infinity, which JSON does not know, are null."""
+    def known(value):
+        if isinstance(value, dict):
+            return {key: known(x) for key, x in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [known(x) for x in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        return value
+    return json.dumps(known(value), **options)
+
+
 def read_log(run):
     """The lines of run/log.jsonl, a dict each, without those where the loss is not finite."""
     log, entries, n = Path(run, 'log.jsonl'), [], 1
     try:
         for n, line in enumerate(log.read_text(encoding='utf-8').splitlines(), 1):
             entry = json.loads(line)
-            if math.isfinite(entry['loss'] + entry['lr'] + entry['tokens']) and entry['phase']:
+            loss, numbers = entry['loss'], entry['lr'] + entry['tokens']
+            if loss is not None and math.isfinite(loss + numbers) and entry['phase']:
                 entries.append(entry)
     except OSError as e:
         fail(f'{log}: {e.strerror}; give the folder of a run, as train.py writes it')
@@ -276,7 +290,7 @@ def code_and_packages():
     """What decides a run beside its knobs and data: code and packages."""
     here, code = Path(__file__).parent, hashlib.sha256()
     for name in ('train', 'model', 'muon', 'fp8', 'loader', 'distributed', 'start', 'run',
-                 'data_prep', 'tokenizer'):
+                 'data_prep', 'documents', 'tokenizer'):
         code.update((here / f'{name}.py').read_bytes())
     commit = None
     if shutil.which('git'):

@@ -23,6 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 
 KNOB_TYPES = (bool, int, float, str, list, dict, tuple)
+PATH_KNOB = r'.*_dir|.*_path|.*_from|reference|checkpoint|source|target|out|png'
 CHOICE = r"(?:'[^']*'|True|False|-?\d+(?:\.\d+)?)"
 
 
@@ -89,6 +90,13 @@ def unknown(key, known):
     near = difflib.get_close_matches(key, map(str, known), 1, 0)
     hint = f', the nearest is {near[0]!r}' if near else ''
     return ValueError(f'unknown key {key!r}{hint}')
+
+
+def expand_home(name, value):
+    """value, with the home folder for ~ if the knob `name` holds a path."""
+    if isinstance(value, str) and re.fullmatch(PATH_KNOB, name):
+        return str(Path(value).expanduser()) if value[:1] == '~' else value
+    return value
 
 
 def convert(value, like, choices=()):
@@ -188,7 +196,7 @@ def configure(script, argv=None, default=None, positional=()):
         try:
             if positional and flag[:1] != '-':
                 name = positional.pop(0)
-                values[name] = convert(flag, values[name])
+                values[name] = convert(expand_home(name, flag), values[name])
                 continue
             if flag[:2] != '--':
                 raise ValueError('should be --key=value or a config file (.py)')
@@ -196,9 +204,10 @@ def configure(script, argv=None, default=None, positional=()):
             if not given:
                 place += ' (without =VALUE)'
             key += '_' * keyword.iskeyword(key)                  # --break sets the knob break_
-            values = put(values, key.split('.'), text if given else True, choices.get(key), {})
+            text = expand_home(key, text) if given else True
+            values = put(values, key.split('.'), text, choices.get(key), {})
         except ValueError as e:
-            fail(f'{place}: {e}{space_hint(flags, i, values)}')
+            fail(f'{place}: {e}{phase_hint(flag, values)}{space_hint(flags, i, values)}')
     script.update(values)
 
 
@@ -210,12 +219,22 @@ def apply_config(file, values, choices):
         for key, value in space.items():
             place = f'{file}: line {lines.get(key, 1)}: {key}'
             if key in values:
-                values[key] = convert(value, values[key], choices[key])
+                values[key] = convert(expand_home(key, value), values[key], choices[key])
             elif key in lines and key[0] != '_':
                 raise ValueError(f"{unknown(key, values)}; a helper's name begins with _")
     except ValueError as e:
         fail(f'{place}: {e}')
     return values
+
+
+def phase_hint(flag, values):
+    """Where an unknown flag names what phases hold, such as --batch_size=8, how to write it."""
+    key, _, text = flag.lstrip('-').partition('=')
+    key = {'batch_size': 'batch', 'max_iters': 'steps', 'warmup_iters': 'warmup'}.get(key, key)
+    phases = values.get('phases')
+    if key in values or not phases or key not in phases[0]:
+        return ''
+    return f'; each phase has its own: --phases.{phases[0]["name"]}.{key}={text}'
 
 
 def space_hint(flags, i, known):

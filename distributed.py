@@ -12,7 +12,9 @@ everything here does what the same line would do without ranks.
 import ctypes
 import os
 import sys
-from contextlib import nullcontext
+import threading
+import time
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -75,19 +77,39 @@ def print_once(line):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def world_size():
+    """The number of ranks by torchrun's environment; 1 without torchrun."""
+    text = os.environ.get('WORLD_SIZE', '')
+    if text in ('', '1'):
+        return 1
+    missing = [name for name in ('RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+               if not os.environ.get(name)]
+    if not text.isdecimal() or missing:
+        fail(f'WORLD_SIZE={text!r} is set in the environment'
+             + (f' without {", ".join(missing)}' if missing else '')
+             + ': torchrun sets all of them; without ranks, unset WORLD_SIZE')
+    return int(text)
+
+
 def rank_0_first(work):
-    """Return on every rank what work() returns on rank 0. Where it ends rank 0, all ranks end."""
+    """Return on every rank what work() returns on rank 0. Where it ends rank 0, all ranks end.
+
+    It may take hours, as when rank 0 prepares data. The others wait as long as rank 0 is alive.
+    """
     rank, world = ranks()
     if world == 1:
         return work()
     result = exit_code = error = None
-    if rank == 0:
-        try:
-            result = work()
-        except SystemExit as e:
-            error, exit_code = e, e.code
-        except OSError as e:
-            error, exit_code = e, 2
+    with signs_of_life_from_rank_0():
+        if rank == 0:
+            try:
+                result = work()
+            except SystemExit as e:
+                error, exit_code = e, e.code
+            except OSError as e:
+                error, exit_code = e, 2
+            except KeyboardInterrupt as e:
+                error, exit_code = e, 130
     message = [result, exit_code]
     dist.broadcast_object_list(message)
     if error:
@@ -95,6 +117,49 @@ def rank_0_first(work):
     if message[1] is not None:
         sys.exit(message[1])
     return message[0]
+
+
+PATIENCE = 180                                                   # seconds
+n_waits = 0                                                      # so that each has keys of its own
+
+
+@contextmanager
+def signs_of_life_from_rank_0():
+    """On rank 0, give a sign of life every few seconds until the end of the block. On the others,
+    wait for that end; some minutes (PATIENCE) without a sign end the program.
+
+    A collective cannot wait so: its timeout is that of a step.
+    """
+    global n_waits
+    store = dist.distributed_c10d._get_default_store()           # the ranks' own, by torchrun
+    n_waits += 1
+    sign, end = f'rank 0 is alive {n_waits}', f'rank 0 has finished {n_waits}'
+    if ranks()[0] > 0:
+        yield
+        signs, since = -1, time.monotonic()
+        while not store.check([end]):
+            time.sleep(PATIENCE / 180)
+            before, signs = signs, store.add(sign, 0)            # adds nothing, and returns it
+            if signs != before:
+                since = time.monotonic()
+            elif time.monotonic() - since > PATIENCE:
+                fail('waited for rank 0, which prepares data or reads a checkpoint, and had no '
+                     f'sign of life from it in {PATIENCE} seconds')
+        return
+    finished = threading.Event()
+
+    def give_signs():
+        while not finished.wait(PATIENCE / 30):
+            store.add(sign, 1)
+
+    thread = threading.Thread(target=give_signs, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join()
+        store.set(end, '')
 
 
 def sum_over_ranks(numbers, device):

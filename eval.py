@@ -8,9 +8,9 @@
 
 Without --tasks no download is needed. Each data set of the run's mixture (of imported weights: each
 in data_dir) gives the loss in nats a token, the perplexity and the bits a byte of its validation
-split. The data set `arith` also holds problems that no training problem repeats (data_prep.py). The
-model decodes them greedily; one is solved if the number after `####` is the answer. The interval is
-Wilson's, at 95 %.
+split. The data set `arith` also holds problems that no training problem repeats (documents.py); so
+may others (--problem_sets). The model decodes them greedily; one is solved if the number after
+`####` is that of the written answer. The interval is Wilson's, at 95 %.
 
 --tasks needs `pip install lm_eval` and is scored by lab/harness.py. It takes lm-eval's tasks and
 groups, and two names of ours: `paper`, the 13 tasks, shots and metrics of the Xmodel-2.5 paper, and
@@ -32,6 +32,7 @@ import os
 import re
 import sys
 import zipfile
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,11 +40,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_model, read_checkpoint, replace_file
+from checkpoint import load_model, read_checkpoint, replace_file, to_json
 from configurator import check_range, configure, fail, int_list, knob_values
 from distributed import usable_device
 from generate import complete
 from loader import get_windows, open_data
+from processes import signals_as_ctrl_c
 from tokenizer import EOS_ID, OtherTokenizer, tokenizer_of
 
 checkpoint = 'out/proxy20m'   # a step_N.pt, or a run's folder: its newest checkpoint
@@ -51,7 +53,8 @@ data_dir = ''                 # where the data sets are; '': where training had 
 device = 'cpu'                # or 'cuda', 'mps'
 # --- held-out text and sums: without --tasks ---
 eval_tokens = 50_000          # of each validation set, at most
-problems = 400                # held-out arithmetic problems, at most
+problems = 400                # held-out problems, at most
+problem_sets = ''             # SFT data sets with problems, with commas; '': arith, if it is there
 block_size = 512              # length of the validation windows
 batch_size = 8                # windows, or 8 times as many problems (short ones), at a time
 # --- lm-eval's tasks ---
@@ -107,16 +110,36 @@ def validation_loss(model, dataset, T):
     return loss, loss / math.log(2) * val['tokens'] / val['bytes']
 
 
-def arithmetic(model, dataset, tokenizer):
-    """(solved, tried): greedy answers to held-out problems, compared with the written answers."""
-    # the same calculation may occur with other names and things: each is tried once
-    unique = {tuple(completion): (prompt, completion)
-              for prompt, completion in dataset.pairs('val')}
-    pairs = list(unique.values())[:problems]
+def problems_of(dataset, tokenizer):
+    """([(prompt, completion)], two lists of ids each; how many documents are left out).
+
+    A problem is a held-out document with a prompt and a number after ####. Each question comes
+    once. Those with other worked answers come first: the same calculation may occur with other
+    names and things.
+    """
+    questions, last_with_answer, left_out = {}, {}, 0
+    for prompt, completion in dataset.pairs('val'):
+        if not prompt or answer(tokenizer.decode(completion)) is None:
+            left_out += 1
+            continue
+        question = tuple(prompt), tuple(completion)
+        questions.setdefault(question[0], question)
+        last_with_answer[question[1]] = question
+    first = dict.fromkeys(last_with_answer.values())
+    asked = {prompt for prompt, _ in first}
+    others = [question for prompt, question in questions.items() if prompt not in asked]
+    return [(list(prompt), list(completion)) for prompt, completion in [*first, *others]], left_out
+
+
+def solve_problems(model, dataset, tokenizer):
+    """{solved, tried, left_out}: greedy answers to held-out problems, compared as numbers with the
+    written ones."""
+    found, left_out = problems_of(dataset, tokenizer)
+    found = found[:problems]
     rows_at_a_time = 8 * batch_size
     solved = 0
-    for i in tqdm(range(0, len(pairs), rows_at_a_time), desc='problems', leave=False, disable=None):
-        batch = pairs[i:i + rows_at_a_time]
+    for i in tqdm(range(0, len(found), rows_at_a_time), desc='problems', leave=False, disable=None):
+        batch = found[i:i + rows_at_a_time]
         prompts = [prompt for prompt, _ in batch]
         longest = max(len(completion) for _, completion in batch)
         rows = complete(model, tokenizer, prompts, 2 * longest, stop_ids=[EOS_ID], temperature=0.0)
@@ -124,13 +147,31 @@ def arithmetic(model, dataset, tokenizer):
             given = answer(row.text)
             if given is not None and given == answer(tokenizer.decode(completion)):
                 solved += 1
-    return solved, len(pairs)
+    return {'solved': solved, 'tried': len(found), 'left_out': left_out}
+
+
+ANSWER = re.compile(r"""
+    \#\#\#\#[ ]*
+    (?P<sign>[-+−]?)[ ]*
+    [^\d\s.+−-]{0,3}[ ]*                        # a unit: $, €, US$
+    (?P<sign_after_unit>[-+−]?)
+    (?P<number>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)
+    (?:/(?P<below>\d+))?                        # a fraction
+    (?![.,]?\d|[ ]\d+/|[ ]*/)                   # not 1,23 or 1 1/2, which could be read in two ways
+    """, re.VERBOSE)
 
 
 def answer(text):
-    """The number after the first #### of a worked solution, as text, or None."""
-    match = re.search(r'#### *(-?\d+)', text)
-    return match[1] if match else None
+    """The number after the first #### of a worked solution, a Fraction; None if there is none.
+
+    '#### $1,234.50 in all' is 2469/2.
+    """
+    match = ANSWER.search(text)
+    if not match or (match['below'] and not int(match['below'])):
+        return None
+    number = Fraction(match['number'].replace(',', '')) / int(match['below'] or 1)
+    signs = match['sign'] + match['sign_after_unit']
+    return -number if '-' in signs or '−' in signs else number
 
 
 def data_sets_to_score(about):
@@ -150,6 +191,18 @@ def data_sets_to_score(about):
     return names
 
 
+def sets_of_problems(data):
+    """Names of the SFT data sets whose problems are to be solved: those of problem_sets or, by
+    default, arith if it is there. ValueError for one that is none."""
+    names = list(filter(None, map(str.strip, problem_sets.split(','))))
+    sft = [name for name, dataset in data.items() if dataset.masks]            # where prompts end
+    for name in names:
+        if name not in sft:
+            raise ValueError(f'problem_sets: {name!r} should be one of the SFT data sets: '
+                             + (', '.join(sft) or 'there is none'))
+    return names or [name for name in sft if name == 'arith']
+
+
 def score_held_out(model, about, table):
     """Put the losses and the solved problems of a checkpoint's data sets into the table."""
     tokenizer = tokenizer_of(about)
@@ -166,9 +219,10 @@ def score_held_out(model, about, table):
             losses[name] = {'loss': loss, 'bits_per_byte': bits_per_byte,
                             'block_size': block_size, 'eval_tokens': eval_tokens}
     table['validation'] = losses
-    if problems and data.get('arith') and data['arith'].masks:     # masks: where prompts end
-        solved, tried = arithmetic(model, data['arith'], tokenizer)
-        table['arithmetic'] = {'solved': solved, 'tried': tried}
+    table['problems'] = {}
+    if problems:
+        for name in sets_of_problems(data):
+            table['problems'][name] = solve_problems(model, data[name], tokenizer)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -286,12 +340,16 @@ def markdown(table):
                 name, f'{scores["block_size"]}', f'{loss:.4f}', f'{perplexity(loss):.2f}',
                 f'{scores["bits_per_byte"]:.4f}']))
         lines.append('')
-    if table['arithmetic']:
-        solved, tried = table['arithmetic']['solved'], table['arithmetic']['tried']
-        low, high = wilson(solved, tried)
-        lines.append(f'arithmetic: {solved} of {tried} solved, {solved / tried:.1%}, '
-                     f'95 % interval {low:.1%} to {high:.1%}')
-        lines.append('')
+    for name, scores in table['problems'].items():
+        solved, tried = scores['solved'], scores['tried']
+        line = f'{name}: no problems, that is, prompts with a number after #### in the answer'
+        if tried:
+            low, high = wilson(solved, tried)
+            line = (f'{name}: {solved} of {tried} solved, {solved / tried:.1%}, '
+                    f'95 % interval {low:.1%} to {high:.1%}')
+        if scores['left_out']:
+            line += f'; {scores["left_out"]} documents are no problems'
+        lines += [line, '']
     rows = rows_of(table)
     if rows:
         head = ['task', 'shots', 'n', 'metric', 'score', 'std. error', 'Xmodel-2.5',
@@ -333,6 +391,7 @@ def read_table(file, identity):
     try:
         kept = json.loads(file.read_text(encoding='utf-8'))
         if {key: kept[key] for key in identity} == identity:
+            kept.setdefault('problems', {})                        # older ones have none
             markdown(kept)                                         # raises if the table is damaged
             return kept
     except FileNotFoundError:
@@ -355,11 +414,11 @@ def open_table(about):
                 'content': digest_of(path)}
     table = read_table(file, identity)
     if table is None:
-        table = identity | {'validation': {}, 'arithmetic': None, 'tasks': {}}
+        table = identity | {'validation': {}, 'problems': {}, 'tasks': {}}
 
     def save():
         try:
-            content = json.dumps(table, indent=1, default=json_value).encode()
+            content = to_json(table, indent=1, default=json_value).encode()
             replace_file(file, lambda f: f.write(content))
             replace_file(file.with_suffix('.md'), lambda f: f.write(markdown(table).encode()))
         except OSError as e:                                       # disk full, say
@@ -401,7 +460,7 @@ def of_this_call(table, wanted, left_out):
     """The table without scores that only earlier calls asked for, which the file keeps."""
     shown = dict(table)
     if wanted:
-        shown |= {'validation': {}, 'arithmetic': None}
+        shown |= {'validation': {}, 'problems': {}}
     shown['tasks'] = {name: entry for name, entry in table['tasks'].items()
                       if name in wanted and name not in left_out}
     return shown
@@ -445,6 +504,7 @@ if __name__ == '__main__':
         sys.exit()
     configure(globals(), positional=['checkpoint'])
     try:
-        main()
+        with signals_as_ctrl_c():
+            main()
     except KeyboardInterrupt:
         sys.exit('eval.py: stopped; --resume keeps the scores of finished tasks')

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from checkpoint import read_checkpoint, replace_file
 from configurator import configure, fail
 from model import Xmodel, XmodelConfig, mup_table
+from processes import signals_as_ctrl_c
 from tokenizer import (
     BOS_ID,
     CHAT_TEMPLATE,
@@ -635,6 +636,7 @@ def main():
 if __name__ == '__main__':
     configure(globals(), positional=['source', 'target'])
     try:
-        main()
+        with signals_as_ctrl_c():
+            main()
     except KeyboardInterrupt:
         sys.exit('export.py: stopped; nothing was written')

@@ -24,7 +24,6 @@ A row's number becomes text in three steps. With the weights
 import hashlib
 import json
 import math
-import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -35,7 +34,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_prep import SPLITS, making, source_args, token_dtype
+from data_prep import making, source_args, token_dtype, what_changed
+from documents import SPLITS
 from tokenizer import EOS_ID, SHA256
 
 
@@ -190,6 +190,25 @@ class Dataset:
                              f'{len(self.tokens[split])} tokens')
         return n
 
+    def coverage(self, split, T, completion_only=False):
+        """What windows of T tokens leave out of a split, as a dict of counts: of 'documents' how
+        many are 'cut', of 'tokens' how many are 'never_seen', of 'windows' how many have no loss,
+        'without_target'. Plain text is cut at every T tokens, and counts no document as cut."""
+        starts, stops = map(np.asarray, self.spans(split, T))
+        tokens = len(self.tokens[split])
+        counts = {'documents': self.meta[split]['documents'], 'cut': 0, 'tokens': tokens,
+                  'never_seen': tokens - int(stops[-1]) if len(stops) else tokens,
+                  'windows': len(starts), 'without_target': 0}
+        if not self.masks:
+            return counts
+        cut = np.append(starts[1:], tokens) - stops                            # of each window
+        counts |= {'cut': int((cut > 0).sum()), 'never_seen': int(cut.sum())}
+        if completion_only:
+            in_completions = np.append(0, np.cumsum(self.masks[split], dtype=np.int64))
+            targets = in_completions[stops] - in_completions[starts + 1]
+            counts['without_target'] = int((targets == 0).sum())
+        return counts
+
     def pairs(self, split):
         """[(prompt ids, completion ids with EOS)], two lists for each document of SFT data."""
         ids, mask = self.tokens[split], self.masks[split]
@@ -240,7 +259,8 @@ def get_windows(dataset, split, windows, T, completion_only=False):
 def open_data(data_dir, names, vocab_size, sources=None):
     """{name: Dataset} of data_dir/name for each name; ValueError, in one line, if one is unfit.
 
-    With sources, {name: arguments for data_prep.py}, so is one that was made from another source.
+    With sources, {name: arguments for data_prep.py}, so is one that was made from another source,
+    with other arguments, or from files that have changed since.
     """
     return {name: open_dataset(Path(data_dir, name), name, vocab_size, sources or {})
             for name in names}
@@ -253,10 +273,12 @@ def open_dataset(folder, name, vocab_size, sources):
     if (meta['vocab_size'], meta['tokenizer_sha256']) != (vocab_size, SHA256):
         raise ValueError(f'{folder}/meta.json has vocab_size={meta["vocab_size"]}, the model '
                          f'{vocab_size} with tokenizer {SHA256[:8]}...: {make} --overwrite')
-    wanted, made_of = source_args(sources, name), meta['sources'][0]
-    if wanted and made_of not in wanted:
-        raise ValueError(f'{folder} was made from {made_of!r}, not by {shlex.join(wanted)!r}: '
-                         'with --data_dir=NEW it is made beside this one')
+    wanted = source_args(sources, name)
+    change = what_changed(meta, wanted) if wanted else ''
+    if change:
+        raise ValueError(f'{folder} was made from {change}: '
+                         f'{making(folder, vocab_size, wanted)} --overwrite makes it anew, '
+                         'a run with --data_dir=NEW makes another')
     tokens, masks = {}, {}
     for split in SPLITS:
         n = meta[split]['tokens']

@@ -34,7 +34,15 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import TrainState, checkpoints, code_and_packages, prune, step_of, write_checkpoint
+from checkpoint import (
+    TrainState,
+    checkpoints,
+    code_and_packages,
+    prune,
+    step_of,
+    to_json,
+    write_checkpoint,
+)
 from configurator import fail
 from distributed import gather_state, print_once, ranks
 from muon import zeropower_via_newtonschulz5
@@ -188,12 +196,17 @@ class LossWatch:
         self.proxy_log = proxy_log                               # of --reference, on rank 0
         self.skipped = 0                                         # steps in a row
         self.reason = ''                                         # why the last one was skipped
+        self.has_loss = True                                     # of the last step
 
-    def is_finite(self, step, loss, grad_norm, amax):
+    def is_finite(self, step, loss, grad_norm, amax, n_targets):
         """Whether a step may be taken; if not, say why. All ranks have the same numbers.
 
-        amax: of FP8's tensors; an empty tensor without FP8.
+        amax: of FP8's tensors; an empty tensor without FP8. Without targets there is no loss.
         """
+        self.has_loss = bool(n_targets)
+        if not self.has_loss:
+            print_once(f'step {step} is skipped: none of its rows has a target')
+            return False
         if math.isfinite(loss + grad_norm) and amax.isfinite().all():
             self.skipped = 0
             return True
@@ -213,7 +226,7 @@ class LossWatch:
         and not for another phase's data or length.
         """
         extra, history = {}, self.state.loss_history
-        if self.skipped:
+        if self.skipped or not self.has_loss:
             extra = {'skipped': True, 'rows': rows}
         else:
             if len(history) == 50 and step - first >= 50:
@@ -338,7 +351,7 @@ class RunFiles:
         """Append a line to log.jsonl."""
         if ranks()[0] == 0 and not self.off:
             with open(self.folder / 'log.jsonl', 'a') as f:
-                f.write(json.dumps(entry) + '\n')
+                f.write(to_json(entry) + '\n')
 
     def save(self, state, model, optimizers, scaling):
         """Begin to write a checkpoint, once the last one is written; all ranks have to call it."""

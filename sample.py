@@ -166,7 +166,12 @@ def fit_chat(tokenizer, before, turns, block_size):
     while True:
         text = chat_prompt(before + turns)
         ids = tokenizer.encode_ordinary(text)
-        if len(ids) + max_new_tokens <= block_size or len(turns) == 1:
+        n_tokens = len(ids) + max_new_tokens
+        if n_tokens <= block_size:
+            return text, ids
+        if len(turns) == 1:
+            print(f'(with its answer this turn may have {n_tokens} tokens, and the model is meant '
+                  f'for {block_size})', file=sys.stderr)
             return text, ids
         del turns[:2]                                     # the oldest turn and its answer
         print('(the oldest turn is forgotten)', file=sys.stderr)
@@ -238,8 +243,6 @@ def main():
     check_knobs()
     try:
         prompts = read_batch(batch) if batch else [(text, None)]
-        if max(len(text) for text, _ in prompts) > 400_000:        # tiktoken panics at a million
-            fail('a prompt should have at most 400,000 characters')
         generator = torch.Generator(usable_device(device)).manual_seed(seed)
         model, about = load_model(checkpoint, device)
         tokenizer = tokenizer_of(about)

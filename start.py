@@ -262,7 +262,7 @@ def find_start(knobs, given, defaults, existing, path=''):
         except ValueError as e:
             advice = older_checkpoint(existing, config, replay) if knobs.resume else ''
             fail(f'{e}{advice}')
-    data = data_of_run(knobs)
+    data = data_of_run(knobs, resuming)
     given['data'] = {name: dataset.meta['train']['sha256'] for name, dataset in data.items()}
     state = state_of(checkpoint, knobs, resuming)
     if resuming:
@@ -309,14 +309,16 @@ def older_checkpoint(existing, config, replay):
     return ''
 
 
-def data_of_run(knobs):
-    """{name: Dataset} of all phases; rank 0 makes those that are missing, and checks their ids."""
+def data_of_run(knobs, resuming):
+    """{name: Dataset} of all phases. Rank 0 makes those that are missing and checks their ids and,
+    for a new run, that they are what its sources make: one that resumes goes by their sha256."""
     names = list(dict.fromkeys(name for phase in knobs.phases for name in phase['data']))
     rank = ranks()[0]
     try:
         if rank == 0 and knobs.replay < 0:
             prepare_missing(knobs.data_dir, names, knobs.sources, knobs.vocab_size)
-        data = open_data(knobs.data_dir, names, knobs.vocab_size, knobs.sources)
+        sources = knobs.sources if rank == 0 and not resuming else {}
+        data = open_data(knobs.data_dir, names, knobs.vocab_size, sources)
         if rank == 0:
             check_ids(knobs.data_dir, data)
         for phase in knobs.phases:                               # weights and lengths are possible
@@ -325,7 +327,39 @@ def data_of_run(knobs):
                 data[name].n_windows(split, phase['block_size'])
     except ValueError as e:
         fail(e)
+    for phase in knobs.phases:
+        refuse_without_targets(knobs, phase, data)
     return data
+
+
+def refuse_without_targets(knobs, phase, data):
+    """End the program where a phase has a data set that would give it no loss at all."""
+    T = phase['block_size']
+    for name, split in itertools.product(phase['data'], ('train', 'val')):
+        counts = data[name].coverage(split, T, knobs.completion_only)
+        if counts['without_target'] == counts['windows']:
+            fail(f'phase {phase["name"]!r}: with completion_only no window of {T} tokens of '
+                 f"{name}'s {split} split reaches a completion, as its prompts are longer: "
+                 f'--phases.{phase["name"]}.block_size={2 * T}, or --completion_only=False')
+
+
+def print_coverage(knobs, data):
+    """Print what the windows of each phase leave out of each SFT data set. (Plain text loses but
+    the tokens after its last whole window.)"""
+    rows = []
+    for phase in knobs.phases:
+        for name in phase['data']:
+            if data[name].masks:
+                counts = data[name].coverage('train', phase['block_size'], knobs.completion_only)
+                rows.append((name, phase, counts))
+    if rows:
+        print_once(f'{"SFT data":12} {"phase":9} {"window":>7} {"documents cut":>20} '
+                   f'{"tokens never seen":>18} {"windows without target":>23}')
+    for name, phase, n in rows:
+        cut = f'{n["cut"]:,} of {n["documents"]:,}'
+        without = f'{n["without_target"]:,} of {n["windows"]:,}'
+        print_once(f'{name:12} {phase["name"]:9} {phase["block_size"]:7} {cut:>20} '
+                   f'{n["never_seen"] / n["tokens"]:18.1%} {without:>23}')
 
 
 def state_of(checkpoint, knobs, resuming):
@@ -419,6 +453,7 @@ def print_plan(knobs, start, model, device):
     for name, dataset in start.data.items():
         print_once(f'{knobs.data_dir}/{name}: {dataset.meta["train"]["tokens"]:,} tokens of '
                    f'{dataset.meta["sources"][0]}')
+    print_coverage(knobs, start.data)
     N = model.num_params(embedding=False)
     print_once(f'{model.num_params():,} parameters, {N:,} outside the embedding; '
                f'{all_tokens:,} tokens, {all_tokens / N:.3g} a parameter outside it')

@@ -13,10 +13,12 @@ gives the same ids.
 import hashlib
 import importlib.util
 import json
+import re
 import sys
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
 BOS_ID, EOS_ID, PAD_ID = 0, 1, 2      # EOS ends every document; BOS and PAD occur in none
@@ -50,16 +52,28 @@ PATTERN = '|'.join([
 
 # Turns of a conversation are plain text, for a cut vocabulary has no tokens for them.
 CHAT_TEMPLATE = (                        # chat_prompt in Jinja, for transformers and llama.cpp
-    "{% for turn in messages %}{{ turn['role'] | capitalize }}: {{ turn['content'] }}"
+    "{% for turn in messages %}{{ turn['role'] | capitalize }}: "
+    "{% if turn['content'] is string %}{{ turn['content'] }}"
+    "{% elif turn['content'] %}{% for part in turn['content'] if part['type'] == 'text' %}"
+    "{{ part['text'] }}{% endfor %}{% endif %}"
     "{{ eos_token if loop.last and turn['role'] == 'assistant' else '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}")
+
+
+def text_of_turn(content):
+    """The text of a turn's content: a string, None, or a list of {'type': 'text', 'text': ...}."""
+    if content is None:
+        return ''
+    if isinstance(content, list):
+        return ''.join(part['text'] for part in content if part['type'] == 'text')
+    return content
 
 
 def chat_prompt(turns):
     """The prompt for the assistant's turn after turns [{'role': 'user', 'content': ...}, ...]."""
     text = ''
     for turn in turns:
-        text += f'{turn["role"].capitalize()}: ' + turn['content'] + '\n\n'
+        text += f'{turn["role"].capitalize()}: ' + text_of_turn(turn['content']) + '\n\n'
     return text + 'Assistant:'
 
 
@@ -101,12 +115,45 @@ def tokenizer_json(vocab_size=None):
     return content
 
 
+# tiktoken panics at a million white-space characters in a row, so a long text is encoded in parts.
+# A part ends with a line, and the next begins with a visible character: no piece of the tokenizer's
+# pattern is cut there. Only where no line ends in 400 000 characters is the text cut anywhere.
+PART = re.compile(r'.{1,400000}(?:\Z|\n(?=\S))|.{400000}', re.DOTALL)
+
+
+def parts_of(texts):
+    """Yield the parts of a text that comes in blocks; encoded one by one they have its ids."""
+    rest = ''
+    for block in texts:
+        rest += block
+        while len(rest) > 400_002:                             # a part, and what follows it
+            part = PART.match(rest)[0]
+            yield part
+            rest = rest[len(part):]
+    yield from PART.findall(rest)
+
+
+class Encoding(tiktoken.Encoding):
+    """tiktoken's, which takes a text of any length and content. No text makes special tokens."""
+
+    def ids_of(self, text):
+        """Ids of a text, as an array of uint32. Half a character counts as a replacement one."""
+        try:
+            ids = [self.encode_to_numpy(part, disallowed_special=()) for part in parts_of([text])]
+        except UnicodeEncodeError:
+            return self.ids_of(text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace'))
+        return np.concatenate([np.empty(0, np.uint32), *ids])
+
+    def encode_ordinary(self, text):
+        """Ids of a text, as a list."""
+        return self.ids_of(text).tolist()
+
+
 @lru_cache
 def get_tokenizer(vocab_size=None):
-    """The tiktoken.Encoding of the first vocab_size ids; of all 128 815 where it is None or larger.
+    """The Encoding of the first vocab_size ids; of all 128 815 where it is None or larger.
 
-    `encode_ordinary` never makes a special token out of text. On a run of a million white-space or
-    control characters tiktoken panics; data_prep.py cuts such text. ValueError: see tokenizer_json.
+    ValueError: see tokenizer_json.
     """
     content = tokenizer_json(vocab_size)
     specials = {t['content']: t['id'] for t in content['added_tokens']}
@@ -116,7 +163,7 @@ def get_tokenizer(vocab_size=None):
         if i > PAD_ID:
             ranks[bytes(to_byte[character] for character in token)] = i
     assert all(bytes([b]) in ranks for b in range(256))         # so that any text can be encoded
-    tokenizer = tiktoken.Encoding(f'deepseek-v3-{vocab_size or PADDED}', pat_str=PATTERN,
+    tokenizer = Encoding(f'deepseek-v3-{vocab_size or PADDED}', pat_str=PATTERN,
                                   mergeable_ranks=ranks, special_tokens=specials)
     # ids that stand for no text; <think> and the like are added tokens, but text
     tokenizer.special_ids = {t['id'] for t in content['added_tokens'] if t['special']}

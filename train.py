@@ -12,7 +12,6 @@ log.jsonl, run.json and checkpoints, step_N.pt.
 """
 import copy
 import math
-import os
 import statistics
 import time
 from contextlib import nullcontext
@@ -29,6 +28,7 @@ from distributed import (
     print_once,
     ranks,
     sum_over_ranks,
+    world_size,
 )
 from loader import get_batch, get_windows, windows_before
 from model import Xmodel
@@ -220,7 +220,8 @@ def evaluate(model, data, phase, rows, device, autocast):
                 loss = model(x.to(device), y.to(device))[1].item()
             total += torch.tensor([loss, 1.0], dtype=torch.float64) * count_targets(y)
         total = sum_over_ranks(total, device if world > 1 else 'cpu')
-        losses[name] = (total[0] / total[1].clamp(min=1)).item()
+        if total[1]:                                             # a mean of nothing is left out
+            losses[name] = (total[0] / total[1]).item()
     return losses
 
 
@@ -234,7 +235,7 @@ def main(knobs, given, defaults):
     value} of this file. Both go into checkpoints and what --resume compares.
     """
     # --- device and ranks: bf16 matmuls where the hardware has them, fp32 weights everywhere ---
-    world = int(os.environ.get('WORLD_SIZE', '1'))
+    world = world_size()
     device = pick_device(knobs.device, world)
     bf16 = computes_in_bf16(knobs, device)
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
@@ -314,11 +315,11 @@ def main(knobs, given, defaults):
         with replaying(step == replay, step, phase, batch_rows, model):
             loss = forward_backward(net, micro_batches, n_targets.clamp(min=1), autocast)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        loss, grad_norm = loss.item(), grad_norm.item()
+        loss, grad_norm = loss.item() if n_targets else math.nan, grad_norm.item()
         passed = time.perf_counter()
         amax = scaling.collect() if scaling else torch.zeros(0)
         lr, lr_of_embedding = lr_at(step)
-        if watch.is_finite(step, loss, grad_norm, amax):         # else all ranks skip the step
+        if watch.is_finite(step, loss, grad_norm, amax, n_targets):      # else all ranks skip it
             step_all(optimizers, {'learning_rate': lr, 'embedding_lr': lr_of_embedding})
             if scaling:
                 scaling.update(amax)
@@ -344,7 +345,9 @@ def main(knobs, given, defaults):
         if replay < 0 and (state.step % eval_interval == 0 or phase_ends):
             losses = evaluate(model, data, phase, micro_batch, device, autocast)
             entry['val_losses'] = losses
-            entry['val_loss'] = statistics.fmean(losses.values(), phase['data'].values())
+            weights = [phase['data'][name] for name in losses]
+            if sum(weights):
+                entry['val_loss'] = statistics.fmean(losses.values(), weights)
             news = ','.join(f' {name} {value:.4f}' for name, value in losses.items())
             print_once(f'step {state.step}: validation loss{news}')
             entry |= watch.compare_with_reference(first, phase['batch'] * T)
@@ -374,6 +377,6 @@ if __name__ == '__main__':
         given = copy.deepcopy(knob_values(globals()))            # as the user has set them
         complete_phases(phases, steps_scale)
         knobs = SimpleNamespace(**knob_values(globals()))        # the same values, for run.py
-        check_knobs(knobs, int(os.environ.get('WORLD_SIZE', '1')))
+        check_knobs(knobs, world_size())
     with system_errors_in_one_line(out_dir):
         main(knobs, given, defaults)

@@ -21,6 +21,7 @@ import math
 import multiprocessing
 import random
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -51,6 +52,7 @@ from lab.roofline import (
 )
 from model import Xmodel, XmodelConfig, rope_angles
 from muon import has_bf16
+from processes import signals_as_ctrl_c
 
 variants = 'ours-eager,ours-compiled,granite-eager,granite-compiled'    # also fp8-, dynamic-
 fp8 = False                   # bf16 beside FP8 at 1.3B: roofline and, on a GPU, measured
@@ -179,7 +181,9 @@ def start_worker(variant, c, device, dtype):
     pipe, workers_end = spawn.Pipe()
     process = spawn.Process(target=worker, daemon=True,
                             args=(workers_end, variant, c, batch_size, device, dtype))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)        # it ends with the pipe
     process.start()
+    signal.signal(signal.SIGINT, before)
     workers_end.close()                              # so that the worker's death closes the pipe
     return process, pipe
 
@@ -622,4 +626,8 @@ if __name__ == '__main__':
         globals().update(shape, batch_size=4, block_size=3712, full_vocab_size=0,
                          variants='ours-compiled,fp8-compiled,dynamic-compiled')
     configure(globals())
-    main()
+    try:
+        with signals_as_ctrl_c():
+            main()
+    except KeyboardInterrupt:
+        sys.exit('bench.py: stopped')

@@ -16,7 +16,6 @@ The learning rates are small, so that five steps stay near init, where each rule
 0.01 without warmup, five steps lead far away whatever the rules. Gradients are clipped and weights
 decay as in train.py. Slopes and figures are written to results/coord_check/; plot.py draws them.
 """
-import json
 import re
 import shlex
 import sys
@@ -27,12 +26,13 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from checkpoint import replace_file
+from checkpoint import replace_file, to_json
 from configurator import check_range, configure, fail, int_list
 from data_prep import prepare_missing
 from loader import get_batch, open_data
 from model import Xmodel, XmodelConfig
 from muon import make_optimizers, step_all
+from processes import signals_as_ctrl_c
 
 mup_rules = 'textbook'        # 'textbook' | 'authors' | 'sp'
 break_ = ''                   # a rule of model.mup_table to break, with --break=RULE
@@ -355,7 +355,7 @@ def write_table(table, growth, scaling):
     if optimizer == 'muon':
         names += ['muon', scaling]
     stem = re.sub(r'[^\w-]+', '_', '-'.join(names)).strip('_')
-    text = json.dumps(table).encode()
+    text = to_json(table).encode()
     replace_file(Path(out, f'{stem}.json'), lambda f: f.write(text))
 
 
@@ -409,7 +409,8 @@ def main():
 if __name__ == '__main__':
     configure(globals())
     try:
-        main()
+        with signals_as_ctrl_c():
+            main()
     except OSError as e:
         fail(f'{e.filename or out}: {e.strerror}')
     except KeyboardInterrupt:

@@ -65,9 +65,11 @@ def passes(program, seconds=SECONDS):
     """Whether the text of a Python program runs to its end, with no exception, in the time."""
     # Its exit code does not tell: sys.exit(0) gives the same. So the child writes a secret word
     # after the program's last line, which the program does not know unless it looks for it.
+    from processes import temporary_folder  # to which -I gives no path
     word = secrets.token_hex(16)
-    folder = tempfile.mkdtemp()
-    with tempfile.TemporaryFile() as output:
+    with temporary_folder(tempfile.gettempdir(), 'nano-xmodel-sandbox') as parent, \
+            tempfile.TemporaryFile() as output:
+        folder = tempfile.mkdtemp(dir=parent)
         command = [*in_folder(wrapper(), folder), sys.executable, '-I', __file__, '--child']
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.DEVNULL,
@@ -105,6 +107,10 @@ def child():
         os.dup2(os.open(os.devnull, os.O_RDWR), n)
     limit_resources(seconds)
     leave, write = os._exit, os.write                              # the program may change os
+    # Where who should kill this process was killed. (With a handler, as the first process of a
+    # namespace does not die of a signal that has none.)
+    signal.signal(signal.SIGALRM, lambda *_: leave(1))
+    signal.alarm(math.ceil(seconds) + 2)
     try:
         exec(program, {})  # noqa: S102                            (as lm-eval: no __main__)
     except BaseException:  # noqa: BLE001                          (sys.exit is no success either)
@@ -147,4 +153,9 @@ if __name__ == '__main__':
     elif not wrapper():
         print('sandbox.py: neither bwrap nor unshare works here: the program has your network',
               file=sys.stderr)
-    sys.exit(0 if passes(sys.stdin.read()) else 1)
+    from processes import signals_as_ctrl_c
+    try:
+        with signals_as_ctrl_c():
+            sys.exit(0 if passes(sys.stdin.read()) else 1)
+    except KeyboardInterrupt:
+        sys.exit('sandbox.py: stopped')

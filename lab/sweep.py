@@ -14,12 +14,10 @@ file in results/NAME/. A trial's loss is the mean training loss over the last te
 import functools
 import hashlib
 import itertools
-import json
 import math
 import os
 import re
 import shlex
-import signal
 import statistics
 import sys
 import time
@@ -32,12 +30,13 @@ import torch
 from tqdm import tqdm
 
 import train
-from checkpoint import replace_file
+from checkpoint import replace_file, to_json
 from configurator import check_range, configure, fail, int_list, knob_values
 from data_prep import prepare_missing
 from lab.coord_check import shape
 from lab.trials import results_of
 from model import Xmodel, mup_table
+from processes import signals_as_ctrl_c
 from start import complete_phases, model_config
 
 command = ''                  # 'search' or 'transfer'
@@ -103,8 +102,8 @@ def data_sets():
 def made_of():
     """Hash of what decides a trial's result beside its flags: config, code, torch and text."""
     root, knobs = Path(train.__file__).parent, base_knobs()
-    code = ('data_prep.py', 'distributed.py', 'fp8.py', 'loader.py', 'model.py', 'muon.py',
-            'run.py', 'start.py', 'train.py')
+    code = ('data_prep.py', 'distributed.py', 'documents.py', 'fp8.py', 'loader.py', 'model.py',
+            'muon.py', 'run.py', 'start.py', 'train.py')
     parts = [repr(knobs), torch.__version__]
     parts += [Path(root, file).read_text() for file in code]
     parts += [Path(knobs['data_dir'], name, 'meta.json').read_text() for name in data_sets()]
@@ -131,7 +130,7 @@ def write_result(file, result):
     result |= {'kind': command, 'command': shlex.join(['python', '-m', 'lab.sweep', *sys.argv[1:]]),
                'config': config, 'made_of': made_of(), 'torch': torch.__version__}
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result).encode()
+    text = to_json(result).encode()
     replace_file(file, lambda f: f.write(text))
 
 
@@ -575,9 +574,9 @@ def main():
 
 if __name__ == '__main__':
     configure(globals(), positional=['command'])
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        main()
+        with signals_as_ctrl_c():
+            main()
     except OSError as e:
         fail(f'{e.filename or name}: {e.strerror}; the lines of finished trials are whole')
     except KeyboardInterrupt:

@@ -12,15 +12,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 
 from tqdm import tqdm
 
-from checkpoint import checkpoints, read_log, replace_file
+from checkpoint import checkpoints, read_log, replace_file, to_json
 from configurator import fail
+from processes import temporary_folder
 
-TRAIN = Path(__file__).parent.parent / 'train.py'
+ROOT = Path(__file__).parent.parent
+TRAIN = ROOT / 'train.py'
 
 
 def out_dir_of(trial, default):
@@ -31,22 +33,24 @@ def out_dir_of(trial, default):
     return default
 
 
-def run_trial(trial, running):
+def run_trial(trial, folder, running):
     """Run train.py with the flags `trial`; its result, as a dict for its line.
 
-    running: a list to which the process is appended, so that the caller can kill it.
+    It writes into `folder`, and ends with this process. running: a list to which its process is
+    appended, so that the caller can kill it.
     """
     began = time.time()
-    with tempfile.TemporaryDirectory() as folder:
-        run = out_dir_of(trial, f'{folder}/run')
+    with tempfile.TemporaryDirectory(dir=folder) as own_folder:
+        run = out_dir_of(trial, f'{own_folder}/run')
         never = 2**62                                            # but at the ends of phases
         process = subprocess.Popen(
-            [sys.executable, str(TRAIN), *trial, f'--out_dir={run}',
-             f'--eval_interval={never}', f'--checkpoint_interval={never}'],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            [sys.executable, str(ROOT / 'processes.py'), str(TRAIN), *trial,
+             f'--out_dir={run}', f'--eval_interval={never}', f'--checkpoint_interval={never}'],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             env=os.environ | {'OMP_NUM_THREADS': '1'})           # so jobs do not change results
         running.append(process)
-        _, errors = process.communicate()
+        errors = process.stderr.read()                           # (its stdin stays open till then)
+        process.communicate()
         entry = {'status': 'ok', 'loss': None, 'seconds': round(time.time() - began, 1)}
         if process.returncode:
             return entry | describe_failure(errors, process.returncode)
@@ -93,24 +97,29 @@ def read_trials(file):
 
 def run_trials(todo, jobs):
     """Run trials, `jobs` at a time; yield each with its entry as it ends. If stopped, kill them."""
-    running, pool = [], ThreadPoolExecutor(jobs)
+    running, futures, pool = [], {}, ThreadPoolExecutor(jobs)
     # trials that all run at once have no bar: the caller may have one of its own
     hide = None if len(todo) > jobs else True
     bar = tqdm(total=len(todo), unit='trial', disable=hide)
-    try:
-        futures = {pool.submit(run_trial, trial, running): trial for trial in todo}
-        for future in as_completed(futures):
-            trial, entry = futures[future], future.result()
-            if entry['status'] != 'ok':
-                tqdm.write(f'{entry["status"]}: train.py {shlex.join(trial)}: {entry["error"]}')
-            bar.set_postfix_str(f'loss {entry["loss"]}', refresh=False)
-            bar.update()
-            yield trial, entry
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in running:
-            process.kill()                                       # has no effect on one that ended
-        bar.close()
+    with temporary_folder(tempfile.gettempdir(), 'nano-xmodel-trials') as folder:
+        try:
+            for trial in todo:
+                futures[pool.submit(run_trial, trial, folder, running)] = trial
+            for future in as_completed(futures):
+                trial, entry = futures[future], future.result()
+                if entry['status'] != 'ok':
+                    tqdm.write(f'{entry["status"]}: train.py {shlex.join(trial)}: '
+                               f'{entry["error"]}')
+                bar.set_postfix_str(f'loss {entry["loss"]}', refresh=False)
+                bar.update()
+                yield trial, entry
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            while not all(future.done() for future in futures):  # a process may just be starting
+                for process in running:
+                    process.kill()                               # has no effect on one that ended
+                wait([future for future in futures if not future.done()], timeout=0.1)
+            bar.close()
 
 
 def known_trials(file, keys):
@@ -155,7 +164,7 @@ def results_of(wanted, file, made_of, jobs, stable_runs):
         entry = {'flags': trial, 'made_of': made_of} | entry
         entries[made_of, *trial] = entry
         with open(file, 'a', encoding='utf-8') as f:
-            f.write(json.dumps(entry) + '\n')
+            f.write(to_json(entry) + '\n')
     errors = [entries[key]['error'] for key in unique_keys if entries[key]['status'] == 'failed']
     if errors:
         fail(f'{len(errors)} of {len(unique_keys)} trials failed, and will be tried again by the '

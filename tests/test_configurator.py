@@ -1,4 +1,5 @@
 """configurator.py: what overrides what, which types pass, and one line for every mistake."""
+import copy
 import math
 import os
 import subprocess
@@ -259,3 +260,42 @@ def test_as_a_program(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, '5 2.0\n', '')
     done = go('a.py', '--lr', '2')
     assert done.returncode == 2 and done.stdout == '' and done.stderr.count('\n') == 1
+
+
+def script_of(folder, **knobs):
+    """The globals of a script with these knobs, which is written to a folder."""
+    text = ''.join(f'{key} = {value!r}\n' for key, value in knobs.items())
+    (folder / 'script.py').write_text(text)
+    return {'__file__': str(folder / 'script.py'), **copy.deepcopy(knobs)}
+
+
+def test_the_home_folder_in_paths_and_nowhere_else(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', '/home/me')
+    (tmp_path / 'config.py').write_text("include_path = '~/tasks'\n")
+
+    def knobs_after(*argv, positional=()):
+        knobs = script_of(tmp_path, out_dir='out/x', include_path='', init_from='', prompt='',
+                          sources={})
+        configure(knobs, list(argv), positional=positional)
+        return knob_values(knobs)
+    assert knobs_after('--out_dir=~/x', '--prompt=~/x', str(tmp_path / 'config.py'),
+                       '--sources.a=~/x', '--init_from=x/~') == {
+        'out_dir': '/home/me/x', 'include_path': '/home/me/tasks', 'init_from': 'x/~',
+        'prompt': '~/x', 'sources': {'a': '~/x'}}
+    assert knobs_after('~', positional=['out_dir'])['out_dir'] == '/home/me'
+
+
+@pytest.mark.parametrize('flag, hint', [
+    ('--batch_size=8', '--phases.stable.batch=8'), ('--batch=8', '--phases.stable.batch=8'),
+    ('--max_iters=9', '--phases.stable.steps=9'), ('--warmup_iters=9', '--phases.stable.warmup=9'),
+    ('--colour=9', '')])
+def test_what_phases_hold_is_not_a_knob(tmp_path, capsys, flag, hint):
+    phases = [{'name': 'stable', 'steps': 5, 'batch': 2, 'warmup': 0}]
+    knobs = script_of(tmp_path, phases=phases)
+    with pytest.raises(SystemExit):
+        configure(knobs, [flag])
+    error = capsys.readouterr().err
+    assert f'{flag}: unknown key' in error and error.count('\n') == 1
+    assert error.endswith(f'; each phase has its own: {hint}\n') == bool(hint)
+    configure(knobs, ['--phases.stable.batch=8'])
+    assert knobs['phases'][0]['batch'] == 8

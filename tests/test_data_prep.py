@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 
 import data_prep
 import loader
-from data_prep import arith, prepare
+from data_prep import prepare
+from documents import Document, arith
 from loader import (
     check_ids,
     count_draws,
@@ -28,7 +30,7 @@ from loader import (
     permute,
     windows_before,
 )
-from tokenizer import EOS_ID, get_tokenizer
+from tokenizer import EOS_ID, get_tokenizer, parts_of
 
 V = 512
 ROOT = Path(__file__).parents[1]
@@ -208,7 +210,7 @@ def test_max_mb_stops_and_counts_what_it_read(tmp_path):
 @pytest.mark.parametrize('text', [' ' * 2_000_000, '\x00' * 2_000_000 + 'a', 'a' * 1_000_000,
                                   'word \n' * 300_000, ' \t' * 600_000 + 'x'])
 def test_very_long_runs_are_encoded(text):
-    ids, n_prompt = data_prep.encode(V, ('', None, text))
+    ids, n_prompt = data_prep.encode(V, Document(text))
     assert get_tokenizer(V).decode(ids[:-1].tolist()) == text and n_prompt == 0
 
 
@@ -216,16 +218,19 @@ def test_a_long_text_is_encoded_in_parts_as_if_whole():
     source = ''.join(Path(f).read_text() for f in sorted(ROOT.glob('*.py')))
     for text in (source, 'xy' + '\n' * 700):                              # cut between runs
         text = (text * (1_200_000 // len(text) + 1))[:1_200_000]
-        ids, _ = data_prep.encode(16_384, ('', None, text))
-        assert len(data_prep.PART.findall(text)) >= 3
-        assert ids[:-1].tolist() == get_tokenizer(16_384).encode_ordinary(text)
+        ids, _ = data_prep.encode(16_384, Document(text))
+        parts = list(parts_of([text]))
+        assert len(parts) >= 3 and ''.join(parts) == text
+        for size in (1000, 399_999, 10**6):                   # in whatever blocks it comes
+            assert list(parts_of(text[i:i + size] for i in range(0, len(text), size))) == parts
+        whole = tiktoken.Encoding.encode_ordinary(get_tokenizer(16_384), text)
+        assert ids[:-1].tolist() == whole
 
 
 def test_all_cores_give_what_one_gives(tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / 'x.jsonl', *({'text': f'{i} ' * 3000} for i in range(150)))
     prepare(source, tmp_path / 'many', V)
-    monkeypatch.setattr(data_prep.ProcessPoolExecutor, 'map',
-                        lambda self, f, documents, chunksize: map(f, documents))
+    monkeypatch.setattr(data_prep.os, 'cpu_count', lambda: 1)
     prepare(source, tmp_path / 'one', V)
     for name in ('train.bin', 'val.bin', 'meta.json'):
         assert (tmp_path / 'many' / name).read_bytes() == (tmp_path / 'one' / name).read_bytes()
@@ -683,3 +688,33 @@ def test_plain_text_after_sft_documents_is_a_completion_throughout(tmp_path):
         numbers = range(data.n_windows(split, T))
         assert get_windows(data, split, numbers, T, completion_only=True)[1].tolist() == expected
     assert sorted(read) == sorted(prompt_of)
+
+
+@pytest.mark.parametrize('T', [16, 40, 64, 512])
+@pytest.mark.parametrize('only', [False, True])
+def test_what_windows_leave_out_is_counted(tmp_path, T, only):
+    records = [{'prompt': 'x' * (3 * (i % 40)), 'completion': 'y' * (i % 7 + 1)}
+               for i in range(400)] + [{'text': 'plain ' * 30}] * 3
+    prepare(write_jsonl(tmp_path / 'x.jsonl', *records), tmp_path / 'out', V)
+    data = open_data(tmp_path, ['out'], V)['out']
+    for split in ('train', 'val'):
+        n = data.n_windows(split, T)
+        _, y = get_windows(data, split, range(n), T, only)
+        counts = data.coverage(split, T, only)
+        sizes = [len(prompt) + len(text) for prompt, text in data.pairs(split)]
+        # by what comes out: of a window with n targets its T inputs and the last target are seen
+        all_y = get_windows(data, split, range(n), T)[1]
+        assert counts['never_seen'] == sum(sizes) - int((all_y >= 0).sum()) - n
+        assert counts['cut'] == sum(size > T + 1 for size in sizes)
+        assert (counts['documents'], counts['tokens']) == (len(sizes), sum(sizes))
+        assert counts['windows'] == n
+        assert counts['without_target'] == int((y < 0).all(dim=1).sum())
+    if T == 16:
+        assert bool(counts['without_target']) == only
+
+
+def test_plain_text_loses_its_last_window_alone(sets):
+    counts = sets['small'].coverage('train', 33)
+    ids, n = sets['small'].tokens['train'], sets['small'].n_windows('train', 33)
+    assert counts['never_seen'] == len(ids) - 33 * n - 1 and counts['tokens'] == len(ids)
+    assert counts['cut'] == counts['without_target'] == 0

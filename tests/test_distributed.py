@@ -1,4 +1,5 @@
 """distributed.py, without ranks: what several of them do together is in test_ranks.py."""
+import pytest
 import torch
 
 import distributed
@@ -16,3 +17,25 @@ def test_a_rank_takes_the_gpu_of_its_number_on_its_own_node(monkeypatch):
     assert distributed.pick_device('cuda', 1) == torch.device('cuda')
     assert distributed.pick_device('cpu', 16) == torch.device('cpu')
     assert taken == [torch.device('cuda:3')] * 2 + [torch.device('cuda')]
+
+
+TORCHRUNS = {'RANK': '0', 'LOCAL_RANK': '0', 'MASTER_ADDR': 'x', 'MASTER_PORT': '1'}
+
+
+@pytest.mark.parametrize('env, size', [
+    ({}, 1), ({'WORLD_SIZE': ''}, 1), ({'WORLD_SIZE': '1'}, 1),
+    (TORCHRUNS | {'WORLD_SIZE': '8'}, 8), (TORCHRUNS | {'WORLD_SIZE': 'x'}, None),
+    ({'WORLD_SIZE': '2'}, 'without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT'),
+    (TORCHRUNS | {'WORLD_SIZE': '2', 'RANK': ''}, 'without RANK:')])
+def test_the_number_of_ranks_is_torchruns_or_one(monkeypatch, capsys, env, size):
+    for name in (*TORCHRUNS, 'WORLD_SIZE'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(size, int):
+        assert distributed.world_size() == size
+        return
+    with pytest.raises(SystemExit):
+        distributed.world_size()
+    assert f"WORLD_SIZE='{env['WORLD_SIZE']}'" in (error := capsys.readouterr().err)
+    assert (size or 'torchrun sets all of them') in error and error.count('\n') == 1

@@ -46,9 +46,9 @@ def test_a_sum_is_solved_by_the_number_after_the_signs_alone(data_dir, monkeypat
 
     monkeypatch.setattr(script, 'complete', fake)
     monkeypatch.setattr(script, 'problems', 40)
-    solved, tried = script.arithmetic(None, data, tokenizer)
-    assert (solved, tried) == (20, 40) and len(says) == 40
-    assert script.answer('#### -3') == '-3' and script.answer('### 3') is None
+    scores = script.solve_problems(None, data, tokenizer)
+    assert scores == {'solved': 20, 'tried': 40, 'left_out': 0} and len(says) == 40
+    assert script.answer('#### -3') == -3 and script.answer('### 3') is None
 
 
 def test_a_sum_may_take_twice_the_tokens_of_the_longest_written_answer(data_dir, monkeypatch):
@@ -75,20 +75,56 @@ def test_a_sum_may_take_twice_the_tokens_of_the_longest_written_answer(data_dir,
     monkeypatch.setattr(script, 'problems', 24)
     monkeypatch.setattr(script, 'batch_size', 1)                   # 8 problems at a time
     model = SimpleNamespace(embed=SimpleNamespace(weight=torch.zeros(1)))
-    assert script.arithmetic(model, data, tokenizer) == (3 * 6, 24)      # of 8 two are too late
+    scores = script.solve_problems(model, data, tokenizer)
+    assert (scores['solved'], scores['tried']) == (3 * 6, 24)      # of 8 two are too late
     assert len(longest) == 3 and len(set(longest)) > 1
 
 
-def test_a_calculation_that_comes_again_in_other_words_is_tried_once(monkeypatch):
+def test_each_question_is_asked_once_and_a_calculation_in_other_words_after_the_others(monkeypatch):
     tokenizer = get_tokenizer(512)
-    problems = [('Tom has 1 pen and gets 1.', '1 + 1 = 2\n#### 2'),
-                ('Ann has 1 coin and gets 1.', '1 + 1 = 2\n#### 2'),
-                ('Ben has 2 pens and gets 1.', '2 + 1 = 3\n#### 3')]
-    pairs = [tuple(map(tokenizer.encode_ordinary, problem)) for problem in problems]
+    documents = [('Tom has 1 pen and gets 1.', '1 + 1 = 2\n#### 2'),
+                 ('Ann has 1 coin and gets 1.', '1 + 1 = 2\n#### 2'),
+                 ('Ben has 2 pens and gets 1.', '2 + 1 = 3\n#### 3'),
+                 ('Ben has 2 pens and gets 1.', '2 + 1 = 3\n#### 3'),
+                 ('', '#### 5'), ('Who?', 'Tom.'), ('Why?', '#### because')]
+    pairs = [tuple(map(tokenizer.encode_ordinary, document)) for document in documents]
     data = SimpleNamespace(pairs={'val': pairs}.get)
-    monkeypatch.setattr(script, 'complete', lambda model, tokenizer, prompts, *rest, **how:
-                        [SimpleNamespace(text='#### 2')] * len(prompts))
-    assert script.arithmetic(None, data, tokenizer) == (1, 2)
+    asked = []
+
+    def fake(model, tokenizer, prompts, *rest, **how):
+        asked.extend(map(tokenizer.decode, prompts))
+        return [SimpleNamespace(text='#### 2')] * len(prompts)
+    monkeypatch.setattr(script, 'complete', fake)
+    assert script.solve_problems(None, data, tokenizer) == {'solved': 2, 'tried': 3, 'left_out': 3}
+    assert [words[:3] for words in asked] == ['Ann', 'Ben', 'Tom']
+    monkeypatch.setattr(script, 'problems', 2)
+    assert script.solve_problems(None, data, tokenizer)['tried'] == 2 and len(asked) == 5
+
+
+@pytest.mark.parametrize('text, number', [
+    ('1,234', 1234), ('1,999', 1999), ('3.50', 3.5), ('3.75', 3.75), ('.5', 0.5), ('7.', 7),
+    ('1/2', 0.5), ('2/4', 0.5), ('3/4', 0.75), ('$12', 12), ('-$12', -12), ('$-12', -12),
+    ('US$ 12', 12), ('12 apples', 12), ('50%', 50), ('12,345,678.5', 12345678.5), ('0012', 12),
+    ('-3', -3), ('\u22123', -3), ('+3', 3), ('5 and so #### 99', 5),
+    # nothing, or what can be read in two ways
+    ('x', None), ('', None), ('1,23', None), ('1 1/2', None), ('1/0', None), ('12 / 4', None),
+    ('1234,567', None), ('\n7', None)])
+def test_an_answer_is_a_number(text, number):
+    assert script.answer(f'5 + 5 = 10\n#### {text}') == number
+    assert script.answer(f'5 + 5 = 10\n### {text}') is None or '####' in text
+
+
+def test_other_sft_data_are_scored_by_name(monkeypatch):
+    data = {name: SimpleNamespace(masks=masks) for name, masks in
+            (('stdlib', {}), ('arith', {'val': 1}), ('gsm', {'val': 1}))}
+    assert script.sets_of_problems(data) == ['arith']
+    assert script.sets_of_problems({'stdlib': data['stdlib'], 'gsm': data['gsm']}) == []
+    monkeypatch.setattr(script, 'problem_sets', 'gsm, arith')
+    assert script.sets_of_problems(data) == ['gsm', 'arith']
+    for name in ('stdlib', 'none'):
+        monkeypatch.setattr(script, 'problem_sets', name)
+        with pytest.raises(ValueError, match=f"'{name}' should be one of .*arith, gsm"):
+            script.sets_of_problems(data)
 
 
 @pytest.mark.parametrize('k, n', [(0, 10), (10, 10), (209, 400), (1, 3)])

@@ -171,6 +171,13 @@ def test_the_tokenizer_goes_with_it(tmp_path, vocab_size):
              (('system', 'Be brief.'), ('user', 'Hello'), ('assistant', 'Yes?'), ('user', '1+1'))]
     assert theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) == \
         chat_prompt(turns)
+    # as in transformers' own templates: no content, or a list of parts
+    odd = [{'role': 'user', 'content': [{'type': 'text', 'text': 'one '}, {'type': 'image'},
+                                        {'type': 'text', 'text': 'two'}]},
+           {'role': 'assistant', 'content': None}, {'role': 'user', 'content': []}]
+    told = theirs.apply_chat_template(odd, tokenize=False, add_generation_prompt=True)
+    assert told == chat_prompt(odd) == \
+        'User: one two\n\nAssistant: \n\nUser: \n\nAssistant:'
     assert theirs.apply_chat_template(turns[:3], tokenize=False) == \
         chat_prompt(turns[:2]) + ' Yes?' + theirs.eos_token
 

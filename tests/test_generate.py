@@ -435,3 +435,13 @@ def test_a_closed_standard_input_is_one_line(tiny_run):
     (['--chat', '--batch=x.jsonl'], '--chat'), (['--chat', '--num_samples=2'], '--chat')])
 def test_wrong_knobs_are_one_line(tiny_run, args, why):
     assert why in refused(run('sample.py', tiny_run, *args))
+
+
+def test_a_turn_that_does_not_fit_is_told(tiny_run):
+    question = 'q' * 400
+    done = run('sample.py', tiny_run, '--chat', '--max_new_tokens=10', stdin=f'{question}\n')
+    n = len(get_tokenizer(512).encode_ordinary(f'User: {question}\n\nAssistant:')) + 10
+    assert n > 128 and done.returncode == 0
+    assert f'this turn may have {n} tokens, and the model is meant for 128' in done.stderr
+    done = run('sample.py', tiny_run, '--chat', '--max_new_tokens=10', stdin='Hello\n')
+    assert 'this turn' not in done.stderr

@@ -40,6 +40,37 @@ def trained(tiny, tmp_path_factory):
     return trained
 
 
+WAIT = """
+import sys, threading, torch, distributed
+distributed.PATIENCE = 1
+if 'hangs' in sys.argv:
+    distributed.threading.Thread.start = lambda _: None          # no sign comes
+    distributed.threading.Thread.join = lambda _: None
+distributed.join_ranks(torch.device('cpu'), timeout=2)
+
+def work():
+    if 'fails' in sys.argv:
+        sys.exit(2)
+    threading.Event().wait(5)                                    # where a step has 2 seconds
+    return 'made'
+
+print(distributed.rank_0_first(work))
+"""
+
+
+@pytest.mark.parametrize('how', ['works', 'fails', 'hangs'])
+def test_ranks_wait_for_rank_0_longer_than_for_a_step(tmp_path, how):
+    (tmp_path / 'wait.py').write_text(WAIT)
+    first, second = run_ranks(2, tmp_path / 'wait.py', how)
+    if how == 'works':
+        assert first.stdout == second.stdout == 'made\n', first.stderr + second.stderr
+        assert first.returncode == second.returncode == 0
+    elif how == 'fails':
+        assert first.returncode == second.returncode == 2 and second.stderr == ''
+    else:
+        assert 'waited for rank 0, which prepares data' in refused(second)
+
+
 def agree(folder, right, first=0):
     # AdamW's steps are blind to a factor on all gradients: so their norms count as well
     for key, tolerance in (('loss', 1e-5), ('grad_norm', 1e-3)):

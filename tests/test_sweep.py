@@ -153,8 +153,9 @@ def test_the_hash_of_a_trial_is_of_all_that_decides_its_loss(tmp_path, data_dir,
     monkeypatch.setattr(sweep, 'base_knobs', lambda: knobs)
     whole = sweep.made_of.__wrapped__()
     for file in files:
-        if file.stem in ('checkpoint', 'configurator', 'tokenizer'):       # not read by a trial,
-            continue                                                       # or in meta.json
+        # not read by a trial, or in meta.json
+        if file.stem in ('checkpoint', 'configurator', 'processes', 'tokenizer'):
+            continue
         text = file.read_text(encoding='utf-8')
         file.write_text(text + '\n', encoding='utf-8')
         assert sweep.made_of.__wrapped__() != whole, file.name
@@ -209,7 +210,7 @@ with open(folder + '/log.jsonl', 'w') as f:
         print(json.dumps({{'step': i, 'phase': 'a', 'tokens': i, 'loss': loss, 'lr': 1}}), file=f)
 """)
     monkeypatch.setattr(trials, 'TRAIN', script)
-    entry = trials.run_trial(['--seed=1'], [])
+    entry = trials.run_trial(['--seed=1'], tmp_path, [])
     assert (entry['status'], len(entry['losses'])) == ('ok', n)
     assert entry['loss'] == pytest.approx(sum(losses[-last:]) / last, abs=1e-5)
 

@@ -180,3 +180,19 @@ def test_text_that_comes_token_by_token_is_that_of_all_of_them(llamas):
         row.close()
         assert theirs.decode(prompt) + row.text == theirs.decode(prompt + drawn)
         assert row.text.endswith('sings')
+
+
+@pytest.mark.parametrize('text', [' ' * 1_500_000, 'a' + ' ' * 1_500_000 + 'b', '\x00' * 2_000_000],
+                         ids=['spaces', 'spaces within', 'control characters'])
+def test_no_text_is_too_long_for_any_caller(text):
+    t = get_tokenizer(512)
+    ids = t.encode_ordinary(text)                                # tiktoken alone panics
+    assert t.decode(ids) == text and t.ids_of(text).tolist() == ids
+
+
+@pytest.mark.parametrize('text', ['', '<|endoftext|>', '<think>a</think>', 'caf\ud800é', '\ud83d'])
+def test_special_tokens_and_half_characters_are_text(text):
+    t = get_tokenizer()
+    ids = t.encode_ordinary(text)
+    assert ids == tokenizer.tiktoken.Encoding.encode_ordinary(t, text)
+    assert not t.special_ids & set(ids)

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import runpy
+import shlex
 import shutil
 import statistics
 import sys
@@ -14,6 +15,7 @@ from conftest import log, refused, run, same
 
 import train
 from checkpoint import checkpoints, load_model, read_checkpoint
+from data_prep import source_args
 from loader import get_batch, open_data
 from model import Xmodel
 from run import reference_gap, try_compile
@@ -547,3 +549,77 @@ def test_a_reference_of_other_steps_is_compared_over_the_same_tokens():
     assert reference_gap(proxy, [5.0] * 50, 120_000, 400) is not None
     assert reference_gap(proxy, [5.0] * 50, 120_400, 400) is None      # it ends before that
     assert reference_gap([], [5.0] * 50, 200_000, 400) is None
+
+
+def sft_config(folder, tiny, prompts):
+    """Arguments of train.py for two steps of plain text and 12 of SFT documents alone."""
+    records = [{'prompt': 'x ' * n, 'completion': f' {i}'} for i, n in enumerate(prompts)]
+    (folder / 'sft.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records))
+    (folder / 'sft.py').write_text(f"""
+sources = {{'sft': '{folder}/sft.jsonl', 'stdlib': 'stdlib --max_mb=0.2'}}
+data_dir = '{folder}/data'
+completion_only = True
+phases = [
+    {{'name': 'text', 'steps': 2, 'batch': 2, 'block_size': 32, 'data': {{'stdlib': 1}},
+     'optimizer': 'adamw', 'decay': 'constant', 'lr': (0, 1, 1)}},
+    {{'name': 'sft', 'steps': 12, 'batch': 1, 'block_size': 32, 'data': {{'sft': 1}},
+     'optimizer': 'adamw', 'decay': 'constant', 'lr': (0, 1, 1)}}]
+""")
+    return [*tiny, str(folder / 'sft.py'), f'--out_dir={folder}/run', '--eval_interval=1000',
+            '--log_interval=1']
+
+
+def test_a_loss_of_no_target_is_none_and_never_0(tiny, tmp_path):
+    # of a window of 32 tokens a prompt of 40 leaves nothing, one of 5 a completion
+    prompts = [40 if i % 3 else 5 for i in range(300)]
+    done = run('train.py', *sft_config(tmp_path, tiny, prompts))
+    assert done.returncode == 0, done.stderr
+    table = re.search(r'\nsft +sft +32 +([\d,]+) of ([\d,]+) +([\d.]+)% +([\d,]+) of ([\d,]+)\n',
+                      done.stdout)
+    cut, documents, never_seen, without, windows = (float(n.replace(',', ''))
+                                                    for n in table.groups())
+    assert cut == pytest.approx(documents * 2 / 3, rel=0.1) and 5 < never_seen < 80
+    assert cut == without < windows
+    entries = log(tmp_path / 'run')
+    losses = [entry['loss'] for entry in entries]
+    assert None in losses[2:] and any(losses[2:]) and all(loss != 0 for loss in losses)
+    for entry in entries:
+        assert entry.get('skipped', False) == (entry['loss'] is None)
+    assert f'step {losses.index(None)} is skipped: none of its rows has a target' in done.stdout
+    assert 'NaN' not in (tmp_path / 'run/log.jsonl').read_text()
+    assert 'loss 0.0' not in done.stdout
+    assert entries[-1]['val_losses']['sft'] > 1
+
+
+def test_data_of_which_no_window_has_a_target_are_refused(tiny, tmp_path):
+    done = run('train.py', *sft_config(tmp_path, tiny, [40] * 200))
+    told = refused(done)
+    assert "phase 'sft': with completion_only no window of 32 tokens of sft's train split" in told
+    assert '--phases.sft.block_size=64' in told and not (tmp_path / 'run').exists()
+    done = run('train.py', *sft_config(tmp_path, tiny, [40] * 200), '--completion_only=False')
+    assert done.returncode == 0, done.stderr
+
+
+def test_changed_sources_are_refused_but_a_run_goes_on(tiny, tmp_path):
+    args = sft_config(tmp_path, tiny, [5] * 200)
+    assert run('train.py', *args, '--phases.sft.steps=2').returncode == 0
+    with open(tmp_path / 'sft.jsonl', 'a') as f:
+        f.write('{"prompt": "new?", "completion": "yes"}\n')
+    told = refused(run('train.py', *args, f'--out_dir={tmp_path}/other'))
+    assert f'data/sft was made from {tmp_path}/sft.jsonl when it had 1 files' in told
+    command = re.search(r'python (data_prep.py .* --overwrite)', told)[1]
+    resumed = run('train.py', *args, '--phases.sft.steps=4', '--resume')
+    assert 'data/sft was made' not in resumed.stderr             # its sha256 is what counts
+    script, *flags = shlex.split(command)
+    assert run(script, *flags).returncode == 0
+    assert run('train.py', *args, f'--out_dir={tmp_path}/other').returncode == 0
+
+
+@pytest.mark.parametrize('name', ['My Drive', "o'brien", 'a --b', 'x"y', ' '])
+def test_a_path_that_exists_needs_no_quotes(tmp_path, name):
+    (tmp_path / name).mkdir()
+    for source in (f'{tmp_path}/{name}', shlex.quote(f'{tmp_path}/{name}')):
+        assert source_args({'x': source}, 'x') == [f'{tmp_path}/{name}']
+    if '--' not in name and name != ' ':
+        assert source_args({'x': f'{tmp_path}/{name} --max_mb=1 --seed=2'}, 'x') == \
+            [f'{tmp_path}/{name}', '--max_mb=1', '--seed=2']

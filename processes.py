@@ -1,0 +1,76 @@
+"""What a process begins, it ends: signals, temporary folders, processes that it has started.
+
+    with signals_as_ctrl_c():        SIGTERM and SIGHUP clean up as Ctrl-C does
+    with temporary_folder(...):      removed at the end; after a SIGKILL, by the next process
+    python processes.py SCRIPT ...   run a script that ends when its standard input closes, as it
+                                     does when whoever started it is killed
+"""
+import os
+import platform
+import runpy
+import shutil
+import signal
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def signals_as_ctrl_c():
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt, so that what is half-written is removed."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():    # only it may set handlers
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:       # as nohup sets SIGHUP
+                before[number] = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def is_alive(pid):
+    """Whether there is a process of this number on this machine."""
+    try:
+        os.kill(pid, 0)                                          # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:                                      # someone else's
+        pass
+    return True
+
+
+@contextmanager
+def temporary_folder(parent, name):
+    """A new folder, .NAME.PID.MACHINE.tmp in `parent`, which is removed at the end.
+
+    Those that processes on this machine have left, which were killed, are removed at once.
+    """
+    machine = platform.node()
+    folder = Path(parent, f'.{name}.{os.getpid()}.{machine}.tmp')
+    for other in Path(parent).glob(f'.{name}.*.{machine}.tmp'):
+        pid = other.name.removeprefix(f'.{name}.').removesuffix(f'.{machine}.tmp')
+        if pid == str(os.getpid()) or (pid.isdecimal() and not is_alive(int(pid))):
+            shutil.rmtree(other, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def end_with_standard_input():
+    """End this process when its standard input closes."""
+    def wait():
+        while os.read(0, 4096):                                  # (sys.stdin has a lock, which a
+            pass                                                 # process that ends would want)
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
+
+
+if __name__ == '__main__':
+    end_with_standard_input()
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name='__main__')

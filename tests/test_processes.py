@@ -1,0 +1,76 @@
+"""processes.py: what begins with a process ends with it, however it ends."""
+import os
+import platform
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import processes
+
+WORK = """
+import os, sys
+from pathlib import Path
+from processes import signals_as_ctrl_c, temporary_folder
+try:
+    with signals_as_ctrl_c(), temporary_folder(sys.argv[1], 'x') as folder:
+        (folder / 'half').write_text('half')
+        print('ready', flush=True)
+        sys.stdin.read()
+except KeyboardInterrupt:
+    sys.exit(2)
+"""
+
+
+def start(*argv, **options):
+    """A process that has printed its first line."""
+    process = subprocess.Popen([sys.executable, *map(str, argv)], cwd=ROOT, text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, **options)
+    process.stdout.readline()
+    return process
+
+
+@pytest.mark.parametrize('sign', [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_removes_what_is_half_written(tmp_path, sign):
+    process = start('-c', WORK, tmp_path, preexec_fn=lambda: signal.signal(
+        signal.SIGINT, signal.default_int_handler))
+    assert len(os.listdir(tmp_path)) == 1
+    process.send_signal(sign)
+    assert process.wait(10) == 2 and os.listdir(tmp_path) == []
+
+
+def test_nohup_holds(tmp_path):
+    process = start('-c', WORK, tmp_path, preexec_fn=lambda: signal.signal(
+        signal.SIGHUP, signal.SIG_IGN))
+    process.send_signal(signal.SIGHUP)
+    process.communicate('', 10)
+    assert process.returncode == 0 and os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_and_nothing_else(tmp_path):
+    alive, killed = start('-c', WORK, tmp_path), start('-c', WORK, tmp_path)
+    killed.kill()
+    killed.wait()
+    others = ['.y.1.tmp', f'.x.{killed.pid}.elsewhere.tmp', f'.x.y.{killed.pid}.tmp', 'x']
+    for name in others:
+        (tmp_path / name).mkdir()
+    own = [f'.x.{pid}.{platform.node()}.tmp' for pid in (alive.pid, os.getpid())]
+    assert f'.x.{killed.pid}.{platform.node()}.tmp' in os.listdir(tmp_path)
+    with processes.temporary_folder(tmp_path, 'x') as folder:
+        assert folder.is_dir() and sorted(os.listdir(tmp_path)) == sorted([*others, *own])
+    alive.communicate('')
+    assert sorted(os.listdir(tmp_path)) == sorted(others)
+
+
+def test_a_script_ends_with_its_standard_input_and_else_as_it_would(tmp_path):
+    (tmp_path / 'x.py').write_text('import sys, threading\nprint(*sys.argv, flush=True)\n'
+                                   'if sys.argv[1] == "wait":\n    threading.Event().wait()\n'
+                                   'sys.exit(7)\n')
+    process = start('processes.py', tmp_path / 'x.py', 'wait')
+    process.stdin.close()                                        # as if its parent had been killed
+    assert process.wait(10) == 1
+    process = start('processes.py', tmp_path / 'x.py', 'go')
+    assert process.wait(10) == 7 and process.stderr.read() == ''
