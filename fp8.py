@@ -154,7 +154,7 @@ class Float8Matmul(torch.autograd.Function):
         # the input is kept in FP8: a byte a value
         ctx.save_for_backward(x8, weight, scales, grad_amax, grad_scale, grad_lost)
         ctx.mode, ctx.x_dtype, ctx.dtype = mode, x.dtype, dtype
-        return gemm(x8, w8.mT, *scales, dtype, fast=True)
+        return gemm(x8, w8.mT, scales[INPUT], scales[WEIGHT], dtype, fast=True)
 
     @staticmethod
     def backward(ctx, grad):                                                 # (N, out)

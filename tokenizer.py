@@ -136,6 +136,8 @@ def parts_of(texts):
 class Encoding(tiktoken.Encoding):
     """tiktoken's, which takes a text of any length and content. No text makes special tokens."""
 
+    special_ids = frozenset()            # ids that stand for no text
+
     def ids_of(self, text):
         """Ids of a text, as an array of uint32. Half a character counts as a replacement one."""
         try:
@@ -164,8 +166,8 @@ def get_tokenizer(vocab_size=None):
             ranks[bytes(to_byte[character] for character in token)] = i
     assert all(bytes([b]) in ranks for b in range(256))         # so that any text can be encoded
     tokenizer = Encoding(f'deepseek-v3-{vocab_size or PADDED}', pat_str=PATTERN,
-                                  mergeable_ranks=ranks, special_tokens=specials)
-    # ids that stand for no text; <think> and the like are added tokens, but text
+                         mergeable_ranks=ranks, special_tokens=specials)
+    # <think> and the like are added tokens, but text
     tokenizer.special_ids = {t['id'] for t in content['added_tokens'] if t['special']}
     return tokenizer
 

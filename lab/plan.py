@@ -363,18 +363,18 @@ def print_memory(c, phases, on, may_be_fp8):
                         f'{p["most_rows"]} x {p["T"]}') for p in phases])
 
     print_paragraph('Activations of these micro-batches in other ways:')
-    head, ways = ['phase'], []
+    names, ways = ['phase'], []
     for checkpointing in (False, True):
         for fp8 in (False, True):
             if fp8 and not may_be_fp8:
                 continue
-            head.append(name_of_way(fp8, checkpointing))
+            names.append(name_of_way(fp8, checkpointing))
             ways.append((checkpointing, fp8))
     rows = []
     for p in phases:
         in_phase = replace(c, block_size=p['T'])
         rows.append((p['name'], *(gb(activations(in_phase, p['rows'], *way)) for way in ways)))
-    print_table(head, rows)
+    print_table(names, rows)
 
 
 def name_of_way(fp8, checkpointing):
