@@ -28,6 +28,7 @@ import time
 from dataclasses import asdict, replace
 from functools import partial
 from json import dumps
+from multiprocessing import resource_tracker
 from pathlib import Path
 from statistics import median
 
@@ -160,6 +161,16 @@ def worker(pipe, variant, c, B, device, dtype):
         pipe.send(f'{type(e).__name__}: {str(e)[:150]!r}')
 
 
+STOPPING = {signal.SIGINT, signal.SIGTERM}
+
+
+def worker_process(*args):
+    """worker(*args) in a process of its own, which a signal ends without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    worker(*args)
+
+
 # --------------------------------------------------------------------------------------------------
 # Training: the process that directs them
 
@@ -179,11 +190,12 @@ def start_worker(variant, c, device, dtype):
     """(process, pipe to it) of a variant's worker."""
     spawn = multiprocessing.get_context('spawn')
     pipe, workers_end = spawn.Pipe()
-    process = spawn.Process(target=worker, daemon=True,
+    process = spawn.Process(target=worker_process, daemon=True,
                             args=(workers_end, variant, c, batch_size, device, dtype))
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)        # it ends with the pipe
+    resource_tracker.ensure_running()                            # which would unblock them
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)           # here, and in it until it works
     process.start()
-    signal.signal(signal.SIGINT, before)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     workers_end.close()                              # so that the worker's death closes the pipe
     return process, pipe
 
