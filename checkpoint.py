@@ -106,7 +106,7 @@ def write_checkpoint(path, state):
 
     OSError where the disk is full, before anything is written if the disk says so.
     """
-    def write(f):
+    def write_and_read_back(f):
         torch.save(state, f)
         f.flush()
         os.fsync(f.fileno())
@@ -121,7 +121,7 @@ def write_checkpoint(path, state):
     if need > free:
         raise OSError(errno.ENOSPC, f'No space left on device ({need / 1e9:.3g} GB are wanted, '
                                     f'{free / 1e9:.3g} GB free)', str(path))
-    replace_file(path, write)
+    replace_file(path, write_and_read_back)
 
 
 def prune(run, keep, ends):

@@ -133,7 +133,7 @@ def stream_samples(model, tokenizer, samples, sampling):
 
 
 def print_samples(model, tokenizer, samples, sampling):
-    """Print the samples (prompt, entry, ids) when each is whole -> tokens made."""
+    """Print the samples (prompt, entry, ids) batch by batch, each whole -> tokens made."""
     n_tokens = 0
     show_bar = batch and not sys.stdout.isatty()
     for i in tqdm(range(0, len(samples), batch_size), unit='batch', leave=False,
