@@ -193,7 +193,7 @@ def write_shards(folder, meta, encoded, bar):
         files = {name: stack.enter_context(open(folder / f'{name}.bin', 'wb'))
                  for name in ('train', 'val', 'train_mask', 'val_mask')}
         for document, ids, n_prompt in encoded:
-            split, n_bytes = document.split, document.n_bytes()
+            split, n_bytes = document.split, len(document.whole().encode())
             files[split].write(ids.tobytes())
             files[f'{split}_mask'].write(bytes(n_prompt) + b'\1' * (len(ids) - n_prompt))
             meta['sft'] |= document.prompt is not None
@@ -236,8 +236,12 @@ def making(folder, vocab_size, args=('SOURCE',)):
 
 
 def what_changed(meta, args):
-    """What differs between a data set and what data_prep.py would make of the list args now, as
-    text; '' if nothing does. What an older meta.json does not have is taken to be the same."""
+    """The first thing in which a data set differs from what data_prep.py would make of the list
+    args now, as text to follow 'was made from'; '' if there is none.
+
+    What cannot be compared counts as the same: a key that an older meta.json does not have, the
+    files of a source that is gone.
+    """
     wanted = vars(make_parser().parse_args(args))
     source, made_from = wanted['source'], meta['sources'][0]
     if source != made_from:

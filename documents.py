@@ -35,8 +35,9 @@ class Document(NamedTuple):
     split: str = ''                  # where that is decided: 'train' or 'val'
     is_end: bool = True              # whether it ends a document, so that EOS follows
 
-    def n_bytes(self):
-        return len(((self.prompt or '') + self.text).encode())
+    def whole(self):
+        """All of its text, of SFT data with the prompt."""
+        return (self.prompt or '') + self.text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -367,7 +368,7 @@ def is_near(divided, val_fraction):
     """Whether val has half to twice its fraction of the text."""
     n_chars = Counter()
     for document in divided:
-        n_chars[document.split] += len((document.prompt or '') + document.text)
+        n_chars[document.split] += len(document.whole())
     return val_fraction / 2 <= n_chars['val'] / n_chars.total() <= 2 * val_fraction
 
 
@@ -375,15 +376,14 @@ def divide_few(documents, val_fraction, by_hash, source):
     """[the documents with their split]: each plain one is cut in two. Those that cannot be, short
     or SFT ones, go to val in the order of their hash, as long as that comes nearer to val_fraction.
     """
-    divided, whole = [], {}                                    # key -> characters
+    divided, whole = [], Counter()                             # whole: key -> characters
     for document in documents:
         if not document.split and document.prompt is None and len(document.text) >= SHORT:
             divided += in_two(document, val_fraction)
         else:
             divided.append(document)
             if not document.split:
-                n_chars = len((document.prompt or '') + document.text)
-                whole[document.key] = whole.get(document.key, 0) + n_chars
+                whole[document.key] += len(document.whole())
     held_out, missing = set(), val_fraction * sum(whole.values())
     for key in sorted(whole, key=by_hash):
         if missing > whole[key] / 2:
@@ -393,8 +393,8 @@ def divide_few(documents, val_fraction, by_hash, source):
         return cut_at_a_line(divided[0], val_fraction, source)
     if not held_out and not any(document.split == 'val' for document in divided):
         held_out.add(min(whole, key=by_hash))
-    sides = {key: 'val' if key in held_out else 'train' for key in whole}
-    return [document._replace(split=document.split or sides[document.key]) for document in divided]
+    splits = {key: 'val' if key in held_out else 'train' for key in whole}
+    return [document._replace(split=document.split or splits[document.key]) for document in divided]
 
 
 def cut_at_a_line(document, val_fraction, source):

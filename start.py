@@ -327,16 +327,17 @@ def data_of_run(knobs, resuming):
                 data[name].n_windows(split, phase['block_size'])
     except ValueError as e:
         fail(e)
-    for phase in knobs.phases:
-        refuse_without_targets(knobs, phase, data)
+    if rank == 0 and knobs.completion_only:                      # else each window has targets
+        for phase in knobs.phases:
+            refuse_without_targets(phase, data)
     return data
 
 
-def refuse_without_targets(knobs, phase, data):
-    """End the program where a phase has a data set that would give it no loss at all."""
+def refuse_without_targets(phase, data):
+    """End the program where a phase has a data set whose windows reach no completion."""
     T = phase['block_size']
     for name, split in itertools.product(phase['data'], ('train', 'val')):
-        counts = data[name].coverage(split, T, knobs.completion_only)
+        counts = data[name].coverage(split, T, completion_only=True)
         if counts['without_target'] == counts['windows']:
             fail(f'phase {phase["name"]!r}: with completion_only no window of {T} tokens of '
                  f"{name}'s {split} split reaches a completion, as its prompts are longer: "
@@ -453,7 +454,8 @@ def print_plan(knobs, start, model, device):
     for name, dataset in start.data.items():
         print_once(f'{knobs.data_dir}/{name}: {dataset.meta["train"]["tokens"]:,} tokens of '
                    f'{dataset.meta["sources"][0]}')
-    print_coverage(knobs, start.data)
+    if ranks()[0] == 0:                                          # it reads all masks
+        print_coverage(knobs, start.data)
     N = model.num_params(embedding=False)
     print_once(f'{model.num_params():,} parameters, {N:,} outside the embedding; '
                f'{all_tokens:,} tokens, {all_tokens / N:.3g} a parameter outside it')

@@ -74,14 +74,14 @@ PROGRAM = 'open("at_work", "w").close()\nimport time\ntime.sleep(1000)\n'
 
 
 def processes_of(mark):
-    """{pid: parent's pid} of the processes whose environment has MARK=mark."""
-    found = {}
+    """Numbers of the processes whose environment has MARK=mark."""
+    found = set()
     for folder in Path('/proc').glob('[0-9]*'):
         try:
             if f'MARK={mark}'.encode() in (folder / 'environ').read_bytes().split(b'\0'):
-                stat = (folder / 'stat').read_text().rpartition(')')[2].split()
-                if stat[0] != 'Z':                               # ended, and not yet waited for
-                    found[int(folder.name)] = int(stat[1])
+                state = (folder / 'stat').read_text().rpartition(')')[2].split()[0]
+                if state != 'Z':                                 # ended, and not yet waited for
+                    found.add(int(folder.name))
         except (OSError, IndexError):
             pass
     return found
