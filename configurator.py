@@ -100,7 +100,10 @@ def expand_home(name, value):
 
 
 def convert(value, like, choices=()):
-    """value if it is one of the choices or, where there are none, of the type of like."""
+    """value if it is one of the choices or, where there are none, of the type of like (None: any).
+
+    An int becomes a float where like is one. ValueError for any other value.
+    """
     if choices:
         if (type(value), value) not in [(type(choice), choice) for choice in choices]:
             raise ValueError(f'{value!r} should be one of {", ".join(map(repr, choices))}')

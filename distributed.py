@@ -43,9 +43,10 @@ def usable_device(name):
 
 
 def pick_device(device, world):
-    """The torch.device of the knob: 'auto' is cuda, mps or cpu, whichever there is.
+    """The torch.device of the knob, which is torch's current one from now on if it is a GPU.
 
-    With several ranks each takes the GPU of its own number.
+    'auto' is cuda, else mps, else cpu. With `world` > 1 ranks each takes the GPU of its own number.
+    Ends the program in one line where it cannot be used.
     """
     if device == 'auto':
         device = 'cpu'

@@ -267,7 +267,8 @@ def open_data(data_dir, names, vocab_size, sources=None):
 
 
 def open_dataset(folder, name, vocab_size, sources):
-    """The Dataset in a folder; see open_data."""
+    """The Dataset in a folder, a Path. name: its key in sources, {name: arguments for
+    data_prep.py}. ValueError, in one line, as of open_data."""
     meta = read_meta(folder, vocab_size)
     make = making(folder, vocab_size)
     if (meta['vocab_size'], meta['tokenizer_sha256']) != (vocab_size, SHA256):

@@ -37,7 +37,8 @@ def matmul_dtype(device):
 def zeropower_via_newtonschulz5(G, steps=5, dtype=None):
     """G (..., rows, cols) -> about U Vᵀ of its SVD, same shape; batched over (...).
 
-    dtype: of the products; by default bf16 where the hardware has it.
+    dtype: of the products and the result, whatever G's; by default bf16 where the hardware has it.
+    The result may be a transposed view.
 
     Iterates X <- a X + (b A + c A²) X with A = X Xᵀ, an odd quintic applied to the singular values.
     The coefficients (Keller Jordan, 2024) are tuned for a steep slope at zero: five steps carry

@@ -383,7 +383,7 @@ class RunFiles:
             self.writing.result()
 
     def raise_errors(self):
-        """Raise what went wrong with a checkpoint that has been written by now."""
+        """Raise what went wrong with the last checkpoint, if its write has ended; does not wait."""
         if self.writing and self.writing.done():
             self.writing.result()
 

@@ -99,7 +99,8 @@ def vocabulary_bytes():
 
 
 def tokenizer_json(vocab_size=None):
-    """The tokenizer.json, as the library `tokenizers` reads it, cut to the first vocab_size ids.
+    """The content of tokenizer.json, which the library `tokenizers` reads, as a dict, cut to the
+    first vocab_size ids (None: all).
 
     ValueError, in one line: vocab_size is out of range, or see vocabulary_bytes.
     """
