@@ -31,6 +31,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from configurator import fail
@@ -237,6 +238,8 @@ def load_model(path, device='cpu'):
 def to_json(value, **options):
     """JSON of a value, in which NaN and infinity, which JSON does not know, are null."""
     def known(value):
+        if isinstance(value, np.generic):                        # a number of numpy's
+            value = value.item()
         if isinstance(value, dict):
             return {key: known(x) for key, x in value.items()}
         if isinstance(value, (list, tuple)):

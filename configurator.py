@@ -27,10 +27,10 @@ PATH_KNOB = r'.*_dir|.*_path|.*_from|reference|checkpoint|source|target|out|png'
 CHOICE = r"(?:'[^']*'|True|False|-?\d+(?:\.\d+)?)"
 
 
-def fail(message):
-    """End the program for a user's mistake: `SCRIPT.py: message` in one line, exit code 2."""
+def fail(message, exit_code=2):
+    """End the program, for a user's mistake or Ctrl-C: `SCRIPT.py: message` in one line."""
     print(f'{Path(sys.argv[0]).name}:', *str(message).splitlines(), file=sys.stderr)
-    sys.exit(2)
+    sys.exit(exit_code)
 
 
 def check_range(knobs, low, high, *names):

@@ -17,11 +17,13 @@ which split a document goes to: equal texts never stand in both. out_dir appears
 all.
 """
 import argparse
+import difflib
 import errno
 import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -45,7 +47,7 @@ from documents import (
     first_bytes,
     read_documents,
 )
-from processes import signals_as_ctrl_c, temporary_folder
+from processes import STOPPED, signals_as_ctrl_c, temporary_folder
 from tokenizer import EOS_ID, SHA256, get_tokenizer
 
 # --------------------------------------------------------------------------------------------------
@@ -145,7 +147,7 @@ def prepare(source, out_dir, vocab_size=16_384, val_fraction=0.05, on_error='rai
     if out.exists() and not overwrite:
         raise ValueError(f'{out} exists already: --overwrite replaces it')
     if out.exists() and not (out / 'meta.json').exists():
-        raise ValueError(f'{out} holds something else (it has no meta.json): name another folder')
+        raise ValueError(f'{out} is no data set (it has no meta.json): remove it, or name another')
 
     def unusable(where, why):
         if source != 'stdlib' and on_error == 'raise':         # stdlib has odd files on purpose
@@ -290,9 +292,18 @@ def prepare_missing(data_dir, names, sources, vocab_size):
 # --------------------------------------------------------------------------------------------------
 # The script
 
-def error(message):
+def error(message, exit_code=2):
     print(f'data_prep.py: {message}', file=sys.stderr)
-    sys.exit(2)
+    sys.exit(exit_code)
+
+
+def nearest_option(message, parser):
+    """What to add to argparse's message of an unknown --option: the one most like it."""
+    unknown = re.search(r'unrecognized arguments: (--\w+)', message)
+    if not unknown:
+        return ''
+    near = difflib.get_close_matches(unknown[1], parser.format_help().split(), 1, 0)
+    return f', the nearest is {near[0]}'
 
 
 def make_parser():
@@ -300,7 +311,7 @@ def make_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, usage='python data_prep.py [SOURCE] [--OPTION=VALUE ...]',
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = error
+    parser.error = lambda message: error(message + nearest_option(message, parser))
     add = parser.add_argument
     add('source', nargs='?', default='stdlib', help="file, folder, 'stdlib' (default) or 'arith'")
     add('--out_dir', help='folder to write; default data/ and the name of the source')
@@ -349,7 +360,7 @@ def main(argv=None):
     except OSError as e:
         error(f'{e.filename or args["out_dir"]}: {e.strerror or e}; nothing was written')
     except KeyboardInterrupt:
-        error('stopped; nothing was written')
+        error('stopped; nothing was written', STOPPED)
     report(meta, args['out_dir'])
 
 

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configurator import fail
+from processes import STOPPED
 
 
 def ranks():
@@ -110,7 +111,7 @@ def rank_0_first(work):
             except OSError as e:
                 error, exit_code = e, 2
             except KeyboardInterrupt as e:
-                error, exit_code = e, 130
+                error, exit_code = e, STOPPED
     message = [result, exit_code]
     dist.broadcast_object_list(message)
     if error:
@@ -288,19 +289,11 @@ def gather_state(optimizers):
 
 @torch.no_grad()
 def load_state(optimizers, saved):
-    """Take this rank's part of what gather_state returned, on whatever number of ranks.
-
-    ValueError where a parameter has no state, as in bare weights, or that of another model.
-    """
+    """Take this rank's part of what gather_state returned, on whatever number of ranks."""
     for optimizer, name, p, own in parameters_of(optimizers):
-        if name not in saved:
-            raise ValueError(f'it holds no state of the optimizer for {name}')
         state = saved[name]
         if isinstance(optimizer, AdamW) and 'step' not in state:
             continue                                          # it had not made a step yet
-        for key in optimizer.state_keys:
-            if key not in state or state[key].shape != p.shape:
-                raise ValueError(f'its state of the optimizer for {name} is that of another model')
         parts = {key: optimizer.own_part(p, state[key]) for key in optimizer.state_keys}
         if any(part is None for part in parts.values()):
             continue                                          # another rank's matrix

@@ -36,7 +36,6 @@ from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -45,7 +44,7 @@ from configurator import check_range, configure, fail, int_list, knob_values
 from distributed import usable_device
 from generate import complete
 from loader import get_windows, open_data
-from processes import signals_as_ctrl_c
+from processes import STOPPED, signals_as_ctrl_c
 from tokenizer import EOS_ID, OtherTokenizer, tokenizer_of
 
 checkpoint = 'out/proxy20m'   # a step_N.pt, or a run's folder: its newest checkpoint
@@ -367,11 +366,6 @@ def markdown(table):
     return '\n'.join(lines)
 
 
-def json_value(value):
-    """A value of numpy's, or of another type that JSON does not know, as one that it does."""
-    return value.item() if isinstance(value, np.generic) else str(value)
-
-
 def digest_of(path):
     """A hash of a checkpoint's content: of its tensors' checksums and of its own tokenizer."""
     with zipfile.ZipFile(path) as file:                            # torch.save writes a zip file
@@ -418,7 +412,7 @@ def open_table(about):
 
     def save():
         try:
-            content = to_json(table, indent=1, default=json_value).encode()
+            content = to_json(table, indent=1, default=str).encode()
             replace_file(file, lambda f: f.write(content))
             replace_file(file.with_suffix('.md'), lambda f: f.write(markdown(table).encode()))
         except OSError as e:                                       # disk full, say
@@ -507,4 +501,4 @@ if __name__ == '__main__':
         with signals_as_ctrl_c():
             main()
     except KeyboardInterrupt:
-        sys.exit('eval.py: stopped; --resume keeps the scores of finished tasks')
+        fail('stopped; --resume keeps the scores of finished tasks', STOPPED)

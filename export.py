@@ -13,12 +13,10 @@ with any factors is an Xmodel with other scales; and so is a Llama, whose factor
 q·k / sqrt(hd). µP's rules for init and learning rates have no keys in Granite's config: the file
 shape.py, which is written beside an imported checkpoint, says what was assumed.
 """
+import errno
 import json
 import math
-import os
 import shutil
-import signal
-import sys
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
@@ -30,7 +28,7 @@ from tqdm import tqdm
 from checkpoint import read_checkpoint, replace_file
 from configurator import configure, fail
 from model import Xmodel, XmodelConfig, mup_table
-from processes import signals_as_ctrl_c
+from processes import STOPPED, signals_as_ctrl_c, temporary_folder
 from tokenizer import (
     BOS_ID,
     CHAT_TEMPLATE,
@@ -214,15 +212,12 @@ def new_path(path):
 
     After an exception nothing is left.
     """
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     new_parent = not path.parent.exists()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.rename(path)
+        with temporary_folder(path.parent, path.name) as folder:
+            yield folder / path.name
+            (folder / path.name).rename(path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
         if new_parent:
             with suppress(OSError):                                # unless it holds something
                 path.parent.rmdir()
@@ -287,7 +282,7 @@ def write_weights(folder, state, c, shard_bytes):
         try:
             save_file(shard, folder / file, {'format': 'pt'})
         except SafetensorError as e:                               # a full disk, say
-            raise ValueError(f'{folder}: {e}') from None
+            raise OSError(errno.EIO, f'{e}') from None
         # safetensors lets only the owner read its files
         shutil.copymode(folder / 'config.json', folder / file)
         index |= dict.fromkeys(names, file)
@@ -614,7 +609,6 @@ def main():
         fail(f'dtype=q8_0 is for format=gguf, not for {format}')
     if Path(target).suffix == '.gguf' and format != 'gguf':
         fail(f'{target}: with --format=gguf this file is written; format={format} is a folder')
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))       # so that new_path cleans up
     try:
         if Path(target).exists():
             fail(f'{target} exists already; name a new one')
@@ -639,4 +633,4 @@ if __name__ == '__main__':
         with signals_as_ctrl_c():
             main()
     except KeyboardInterrupt:
-        sys.exit('export.py: stopped; nothing was written')
+        fail('stopped; nothing was written', STOPPED)

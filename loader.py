@@ -269,16 +269,15 @@ def open_data(data_dir, names, vocab_size, sources=None):
 def open_dataset(folder, name, vocab_size, sources):
     """The Dataset in a folder, a Path. name: its key in sources, {name: arguments for
     data_prep.py}. ValueError, in one line, as of open_data."""
-    meta = read_meta(folder, vocab_size)
-    make = making(folder, vocab_size)
+    wanted = source_args(sources, name)
+    make = making(folder, vocab_size, wanted or ['SOURCE'])
+    meta = read_meta(folder, make)
     if (meta['vocab_size'], meta['tokenizer_sha256']) != (vocab_size, SHA256):
         raise ValueError(f'{folder}/meta.json has vocab_size={meta["vocab_size"]}, the model '
                          f'{vocab_size} with tokenizer {SHA256[:8]}...: {make} --overwrite')
-    wanted = source_args(sources, name)
     change = what_changed(meta, wanted) if wanted else ''
     if change:
-        raise ValueError(f'{folder} was made from {change}: '
-                         f'{making(folder, vocab_size, wanted)} --overwrite makes it anew, '
+        raise ValueError(f'{folder} was made from {change}: {make} --overwrite makes it anew, '
                          'a run with --data_dir=NEW makes another')
     tokens, masks = {}, {}
     for split in SPLITS:
@@ -289,17 +288,18 @@ def open_dataset(folder, name, vocab_size, sources):
     return Dataset(name, meta, tokens, masks)
 
 
-def read_meta(folder, vocab_size):
-    """The dict of folder/meta.json; ValueError, in one line, if it lacks what is needed."""
-    make = making(folder, vocab_size)
+def read_meta(folder, make):
+    """The dict of folder/meta.json; ValueError, in one line, if it lacks what is needed.
+
+    make: the command that makes this data set, to be named then.
+    """
     try:
         meta = json.loads((folder / 'meta.json').read_text())
         _ = meta['vocab_size'], meta['tokenizer_sha256'], meta['sft'], meta['sources'][0]
         _ = [meta[split]['tokens'] for split in SPLITS]
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f'{folder}/meta.json is missing: {make}') from None
-    except OSError as e:
-        raise ValueError(f'{folder}/meta.json: {e.strerror}') from None
+    except OSError:
+        remedy = f'remove it, then {make}' if folder.exists() else make
+        raise ValueError(f'{folder} has no meta.json that can be read: {remedy}') from None
     except (ValueError, LookupError, TypeError):
         raise ValueError(f'{folder}/meta.json is damaged: {make} --overwrite') from None
     return meta

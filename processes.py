@@ -15,6 +15,8 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 
+STOPPED = 130                                                    # exit code at Ctrl-C, as in shells
+
 
 @contextmanager
 def signals_as_ctrl_c():

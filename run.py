@@ -46,6 +46,7 @@ from checkpoint import (
 from configurator import fail
 from distributed import gather_state, print_once, ranks
 from muon import zeropower_via_newtonschulz5
+from processes import STOPPED
 
 
 @contextmanager
@@ -72,9 +73,7 @@ def system_errors_in_one_line(out_dir):
     except OSError as e:
         fail(f'{e.filename or out_dir}: {e.strerror or e}; what was saved before is whole')
     except KeyboardInterrupt:
-        print(f'train.py: stopped; --resume goes on from the newest checkpoint in {out_dir}',
-              file=sys.stderr)
-        sys.exit(130)
+        fail(f'stopped; --resume goes on from the newest checkpoint in {out_dir}', STOPPED)
 
 
 @contextmanager

@@ -20,7 +20,6 @@ say), and
     "finish"             why it ended: 'eos' (the model ended its document), 'stop' (a stop string)
                          or 'length'
 """
-import contextlib
 import json
 import math
 import os
@@ -34,6 +33,7 @@ from checkpoint import load_model
 from configurator import check_range, configure, fail
 from distributed import usable_device
 from generate import Decoder, common_prefix, complete
+from processes import STOPPED
 from tokenizer import OtherTokenizer, chat_prompt, tokenizer_of
 
 checkpoint = 'out/proxy20m'   # a step_N.pt, or a run's folder: its newest checkpoint
@@ -270,8 +270,11 @@ def main():
 if __name__ == '__main__':
     configure(globals(), positional=['checkpoint'])
     try:
-        with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
-            main()
+        main()
+    except BrokenPipeError:
+        pass
+    except KeyboardInterrupt:
+        sys.exit(STOPPED)
     except UnicodeDecodeError as e:
         fail(f'standard input is not {e.encoding}')
     except UnicodeEncodeError as e:

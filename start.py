@@ -203,12 +203,8 @@ class Start:
         print_once(f'begins with {self.checkpoint["path"]}: weights{moments}')
 
     def load_moments(self, optimizers):
-        """Take the checkpoint's moments; one line where they are those of another model."""
-        try:
-            load_state(optimizers, self.checkpoint.pop('optimizer_state'))
-        except ValueError as e:
-            fail(f'{self.checkpoint["path"]}: {e}; --init_from with another --init_step begins '
-                 'with a fresh optimizer')
+        """Take the checkpoint's moments."""
+        load_state(optimizers, self.checkpoint.pop('optimizer_state'))
 
 
 def start_of_run(knobs, given, defaults):

@@ -53,7 +53,7 @@ from lab.roofline import (
 )
 from model import Xmodel, XmodelConfig, rope_angles
 from muon import has_bf16
-from processes import signals_as_ctrl_c
+from processes import STOPPED, signals_as_ctrl_c
 
 variants = 'ours-eager,ours-compiled,granite-eager,granite-compiled'    # also fp8-, dynamic-
 fp8 = False                   # bf16 beside FP8 at 1.3B: roofline and, on a GPU, measured
@@ -642,4 +642,4 @@ if __name__ == '__main__':
         with signals_as_ctrl_c():
             main()
     except KeyboardInterrupt:
-        sys.exit('bench.py: stopped')
+        fail('stopped', STOPPED)

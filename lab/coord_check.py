@@ -32,7 +32,7 @@ from data_prep import prepare_missing
 from loader import get_batch, open_data
 from model import Xmodel, XmodelConfig
 from muon import make_optimizers, step_all
-from processes import signals_as_ctrl_c
+from processes import STOPPED, signals_as_ctrl_c
 
 mup_rules = 'textbook'        # 'textbook' | 'authors' | 'sp'
 break_ = ''                   # a rule of model.mup_table to break, with --break=RULE
@@ -414,4 +414,4 @@ if __name__ == '__main__':
     except OSError as e:
         fail(f'{e.filename or out}: {e.strerror}')
     except KeyboardInterrupt:
-        sys.exit('coord_check.py: stopped')
+        fail('stopped', STOPPED)

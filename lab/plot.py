@@ -159,9 +159,7 @@ def read_results(path):
             result = json.loads(file.read_text(encoding='utf-8'))
             if result['kind'] in ('transfer', 'coord_check'):
                 results.append((file, result))
-        except OSError as e:
-            fail(f'{file}: {e.strerror}; give a run of train.py (out/RUN) or results/NAME')
-        except (ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             fail(f'{file} is no result of sweep.py or coord_check.py')
     if not results:
         fail(f'{path} holds no log.jsonl, and no transfer or check to draw')

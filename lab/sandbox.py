@@ -40,12 +40,14 @@ WRAPPERS = (
 
 @lru_cache
 def wrapper():
-    """The words of the first of WRAPPERS that works here, [] if none does."""
+    """The words of the first of WRAPPERS that works here; [], and a warning, if none does."""
     for command in WRAPPERS:
         name, *rest = command.split()
         words = [shutil.which(name) or name, *rest]        # the full path: programs get no PATH
         if works(words):
             return words
+    print('sandbox.py: neither bwrap nor unshare works here: programs have your network',
+          file=sys.stderr)
     return []
 
 
@@ -150,12 +152,9 @@ if __name__ == '__main__':
     elif sys.argv[1:] or sys.stdin is None or sys.stdin.isatty():
         print('sandbox.py: wants a program on standard input, and no argument', file=sys.stderr)
         sys.exit(2)
-    elif not wrapper():
-        print('sandbox.py: neither bwrap nor unshare works here: the program has your network',
-              file=sys.stderr)
-    from processes import signals_as_ctrl_c
+    from processes import STOPPED, signals_as_ctrl_c
     try:
         with signals_as_ctrl_c():
             sys.exit(0 if passes(sys.stdin.read()) else 1)
     except KeyboardInterrupt:
-        sys.exit('sandbox.py: stopped')
+        sys.exit(STOPPED)

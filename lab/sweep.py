@@ -36,7 +36,7 @@ from data_prep import prepare_missing
 from lab.coord_check import shape
 from lab.trials import results_of
 from model import Xmodel, mup_table
-from processes import signals_as_ctrl_c
+from processes import STOPPED, signals_as_ctrl_c
 from start import complete_phases, model_config
 
 command = ''                  # 'search' or 'transfer'
@@ -580,4 +580,4 @@ if __name__ == '__main__':
     except OSError as e:
         fail(f'{e.filename or name}: {e.strerror}; the lines of finished trials are whole')
     except KeyboardInterrupt:
-        sys.exit('sweep.py: stopped; the same command goes on from the trials that have finished')
+        fail('stopped; the same command goes on from the trials that have finished', STOPPED)

@@ -5,9 +5,10 @@
 
 A place is a command that starts a process or a thread, or writes a temporary file. When it is at
 work, a signal is sent to one of its children, to the command itself, or to its whole group. Then it
-has 10 seconds to end; after that nothing of it may be there: no process, no temporary file. (After
-SIGKILL of the command a temporary folder may stay, until the next such command begins.) The table
-goes to results/kills.md. test_kills.py asserts the same, once each.
+has 10 seconds to end, with another exit code than 0; after that nothing of it may be there: no
+process, no temporary file. (After SIGKILL of the command a temporary folder may stay, until the
+next such command begins.) The table goes to results/kills.md. test_kills.py asserts the same, once
+each.
 """
 import json
 import os
@@ -148,6 +149,8 @@ def kill_once(place, target, sign, folder):
         if not wait_for(lambda: not any(Path(f'/proc/{pid}').exists() for pid in left), SECONDS):
             return f'processes are left: {left}'
         lines = (folder / 'log').read_text()
+        if process.returncode == 0:
+            return f'exit code 0: {lines[-300:]}'
         if 'Traceback' in lines:
             return f'a traceback: {lines[-300:]}'
         half = [path.name for path in folder.rglob('*.tmp')]

@@ -2,6 +2,7 @@
 import json
 import multiprocessing
 import statistics
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -156,3 +157,19 @@ def test_take_turns_refuses_different_answers(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         bench.take_turns({'a': lambda: 1, 'b': lambda: 2})
     assert 'b does not give what a gives' in capsys.readouterr().err
+
+
+def test_a_worker_tells_what_went_wrong(capsys):
+    ours, theirs = multiprocessing.Pipe()
+    bench.worker(theirs, 'ours-eager', C, 'many', 'cpu', 'float32')
+    with pytest.raises(SystemExit):
+        bench.ask('ours-eager', ours)
+    assert 'ours-eager: TypeError: ' in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(bench, 'generate', True)
+    monkeypatch.setitem(sys.modules, 'lm_eval.models.huggingface', None)
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert 'is missing: pip install lm_eval' in capsys.readouterr().err

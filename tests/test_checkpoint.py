@@ -4,6 +4,7 @@ import contextlib
 import errno
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ import zipfile
 from dataclasses import asdict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, modules_of_a_run, same
@@ -251,3 +253,21 @@ def test_the_hash_of_the_code_is_of_all_that_decides_a_run(tmp_path, monkeypatch
         assert checkpoint.code_and_packages.__wrapped__()['code'] != whole, name
         file.write_text(text, encoding='utf-8')
     assert checkpoint.code_and_packages.__wrapped__()['code'] == whole and len(names) > 6
+
+
+def test_json_has_null_for_what_is_no_number():
+    nan, inf = math.nan, math.inf
+    values = {'a': [nan, -inf, 1.5], 'b': {'c': (np.float32(nan), np.float64(inf))},
+              'd': np.int64(3), 'e': np.float32(0.5)}
+    assert json.loads(checkpoint.to_json(values)) == {
+        'a': [None, None, 1.5], 'b': {'c': [None, None]}, 'd': 3, 'e': 0.5}
+
+
+def test_a_checkpoint_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / 'step_5.pt').write_text('')
+
+    def damaged(path):
+        raise PermissionError(errno.EACCES, 'Permission denied')
+    monkeypatch.setattr(checkpoint, 'damaged', damaged)
+    with pytest.raises(ValueError, match=r'step_5\.pt: Permission denied$'):
+        checkpoint.read_checkpoint(tmp_path)

@@ -144,7 +144,8 @@ def test_as_a_program(tmp_path, data_dir):
     ('--vary=heads --depths=2,4', 'is for vary=depth'),
     ('--block_size=5000', 'block_size=5000'),
     ('--mup_rules=sp --optimizer=muon', "Muon's lr, and sp has none"),
-    ('--vary=heigth', "--vary=heigth: 'heigth'"), ('--learning_rate=nan', 'learning_rate=nan')])
+    ('--vary=heigth', "--vary=heigth: 'heigth'"), ('--learning_rate=nan', 'learning_rate=nan'),
+    ('--out=/dev/null/x', '/dev/null/x: Not a directory')])
 def test_a_mistake_gets_one_line(tmp_path, data_dir, flag, says):
     assert says in refused(run('lab.coord_check', *flag.split(), f'--data_dir={data_dir}',
                                '--vocab_size=512', cwd=tmp_path))

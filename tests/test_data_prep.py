@@ -315,9 +315,11 @@ def test_unusable_documents_are_named_or_skipped_and_counted(tmp_path, capsys, n
     (['arith', '--val_fraction=1'], 'val_fraction=1.0 should lie between 0 and 1'),
     (['arith', '--max_mb=-1'], 'max_mb=-1.0 should be'), (['arith', '--max_mb=nan'], 'max_mb=nan'),
     (['arith', '--on_error=no'], '--on_error'), (['arith', '--seed=x'], '--seed'),
-    (['arith', '--colour=red'], '--colour'), (['arith', '--out_dir=x.bin/out'], 'x.bin'),
+    (['arith', '--colour=red'], '--colour'),
+    (['arith', '--val_fracton=0.1'], 'the nearest is --val_fraction'), (['arith', 'x'], ': x'),
+    (['arith', '--out_dir=x.bin/out'], 'x.bin'),
     (['arith', '--out_dir=hollow'], 'hollow exists already: --overwrite replaces it'),
-    (['arith', '--out_dir=hollow', '--overwrite'], 'hollow holds something else'),
+    (['arith', '--out_dir=hollow', '--overwrite'], 'hollow is no data set'),
 ])
 def test_mistakes_on_the_command_line(tmp_path, monkeypatch, capsys, args, message):
     (tmp_path / 'hollow').mkdir()
@@ -374,7 +376,8 @@ def test_a_killed_run_leaves_no_data_set(tmp_path, sign):
                           capture_output=True, check=False, timeout=60)     # none is orphaned
     assert not (tmp_path / 'x').exists()
     if sign != signal.SIGKILL:
-        assert (done.returncode, done.stderr) == (2, 'data_prep.py: stopped; nothing was written\n')
+        told = 'data_prep.py: stopped; nothing was written\n'
+        assert (done.returncode, done.stderr) == (130, told)
         assert os.listdir(tmp_path) == []
 
 
@@ -383,7 +386,11 @@ def test_open_data_refuses_in_one_line(tmp_path):
         with pytest.raises(ValueError, match=message) as e:
             open_data(tmp_path, ['x'], vocab_size)
         assert '\n' not in str(e.value) and str(tmp_path / 'x') in str(e.value)
-    refused('meta.json is missing: python data_prep.py SOURCE --out_dir=.* --vocab_size=512')
+    make = 'python data_prep.py SOURCE --out_dir=.* --vocab_size=512'
+    refused(f'no meta.json that can be read: {make}')
+    (tmp_path / 'x').mkdir()
+    refused(f'no meta.json that can be read: remove it, then {make}')
+    (tmp_path / 'x').rmdir()
     meta = prepare('arith', tmp_path / 'x', V, num_docs=100)
     refused('has vocab_size=512, the model 600', vocab_size=600)
     (tmp_path / 'x/val_mask.bin').write_bytes(b'')

@@ -1,4 +1,6 @@
 """distributed.py, without ranks: what several of them do together is in test_ranks.py."""
+import contextlib
+
 import pytest
 import torch
 
@@ -39,3 +41,26 @@ def test_the_number_of_ranks_is_torchruns_or_one(monkeypatch, capsys, env, size)
         distributed.world_size()
     assert f"WORLD_SIZE='{env['WORLD_SIZE']}'" in (error := capsys.readouterr().err)
     assert (size or 'torchrun sets all of them') in error and error.count('\n') == 1
+
+
+@pytest.mark.parametrize('error, exit_code', [
+    (SystemExit(7), 7), (OSError(28, 'No space left'), 2), (KeyboardInterrupt(), 130)])
+def test_what_ends_rank_0_ends_all(monkeypatch, error, exit_code):
+    sent = []
+    monkeypatch.setattr(distributed, 'ranks', lambda: (0, 2))
+    monkeypatch.setattr(distributed, 'signs_of_life_from_rank_0', contextlib.nullcontext)
+    monkeypatch.setattr(torch.distributed, 'broadcast_object_list', sent.extend)
+
+    def work():
+        raise error
+    with pytest.raises(type(error)):
+        distributed.rank_0_first(work)
+    assert sent == [None, exit_code]
+
+    def receive(message):
+        message[:] = sent
+    monkeypatch.setattr(distributed, 'ranks', lambda: (1, 2))
+    monkeypatch.setattr(torch.distributed, 'broadcast_object_list', receive)
+    with pytest.raises(SystemExit) as e:
+        distributed.rank_0_first(None)
+    assert e.value.code == exit_code

@@ -1,11 +1,16 @@
 """eval.py's own scores and its table, beside float64 and what is known."""
+import errno
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pydoc_data.topics import topics
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT, refused, run
 
 import eval as script
 from checkpoint import load_model
@@ -238,3 +243,90 @@ def test_scores_with_another_tokenizer_are_not_kept(tiny_run, tmp_path):
     first['tasks']['mine'] = {'settings': {'limit': 0, 'shots': None}, 'parts': {}, 'scores': {}}
     save()
     assert table('one')[0] == first and not table('another')[0]['tasks']
+
+
+def one_line(capsys, work, *args):
+    """What a call that ends the program as a user's mistake does has told."""
+    with pytest.raises(SystemExit) as e:
+        work(*args)
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and error.count('\n') == 1
+    return error
+
+
+def test_a_table_that_cannot_be_gone_on_from_is_refused_or_replaced(tiny_run, tmp_path, monkeypatch,
+                                                                    capsys):
+    shutil.copy(tiny_run / 'step_20.pt', tmp_path)
+    about, file = script.read_checkpoint(tmp_path), tmp_path / 'step_20.eval.json'
+    table, save = script.open_table(about)
+    save()
+    for text, says in (('{', 'is damaged'), ('{"checkpoint": "step_20.pt"}', 'is damaged'),
+                       ('[]', 'is damaged'),
+                       (file.read_text().replace('"step": 20', '"step": 19'), 'has scores of')):
+        file.write_text(text)
+        monkeypatch.setattr(script, 'resume', True)
+        assert says in one_line(capsys, script.open_table, about)
+        assert file.read_text() == text                          # it is still there
+        monkeypatch.setattr(script, 'resume', False)
+        assert script.open_table(about)[0] == table              # a fresh one
+
+
+def test_a_full_disk_under_the_table_is_one_line(tiny_run, tmp_path, monkeypatch, capsys):
+    shutil.copy(tiny_run / 'step_20.pt', tmp_path)
+    _, save = script.open_table(script.read_checkpoint(tmp_path))
+
+    def full(file, write):
+        raise OSError(errno.ENOSPC, 'No space left on device', file)
+    monkeypatch.setattr(script, 'replace_file', full)
+    assert 'step_20.eval.json: No space left on device' in one_line(capsys, save)
+
+
+@pytest.mark.parametrize('error, says', [
+    (FloatingPointError('losses are not finite'), 'step_20.pt: losses are not finite'),
+    (ModuleNotFoundError(name='lm_eval'), 'lm_eval is missing: pip install lm_eval')])
+def test_what_ends_the_scoring_is_one_line(tiny_run, tmp_path, monkeypatch, capsys, error, says):
+    shutil.copy(tiny_run / 'step_20.pt', tmp_path)
+    monkeypatch.setattr(script, 'checkpoint', str(tmp_path))
+
+    def score(*args):
+        raise error
+    monkeypatch.setattr(script, 'score_held_out', score)
+    assert says in one_line(capsys, script.main)
+
+
+def test_weights_that_are_ruined_have_no_scores(tiny_run, tmp_path):
+    saved = torch.load(tiny_run / 'step_20.pt', weights_only=True)
+    saved['model']['norm.weight'].fill_(math.nan)
+    torch.save(saved, tmp_path / 'step_20.pt')
+    line = refused(run('eval.py', tmp_path))
+    assert 'step_20.pt: ' in line and 'not finite' in line
+
+
+@pytest.mark.parametrize('args, says', [
+    (['--tasks=,'], "tasks=',' names none"), (['--lengths=0'], 'lengths'),
+    (['--include_path=/none'], 'there is no such folder'), (['--limit=3'], 'are for --tasks')])
+def test_knobs_that_score_nothing_are_refused(tiny_run, args, says):
+    assert says in refused(run('eval.py', tiny_run, *args))
+
+
+def test_bare_weights_and_an_empty_folder_of_data_are_refused(tiny_run, tmp_path):
+    saved = torch.load(tiny_run / 'step_20.pt', weights_only=True)
+    torch.save({key: saved[key] for key in ('config', 'model')}, tmp_path / 'bare.pt')
+    line = refused(run('eval.py', tmp_path / 'bare.pt', f'--data_dir={tmp_path}'))
+    assert 'has no folders of data sets' in line
+
+
+@pytest.mark.parametrize('target, code, says', [
+    ('/dev/full', 2, 'eval.py: standard output: No space left on device\n'), ('a pipe', 0, '')])
+def test_standard_output_that_takes_nothing(tiny_run, data_dir, tmp_path, target, code, says):
+    shutil.copy(tiny_run / 'step_20.pt', tmp_path)
+    if target == 'a pipe':                                       # whose reader is gone
+        reader, output = os.pipe()
+        os.close(reader)
+    else:
+        output = os.open(target, os.O_WRONLY)
+    done = subprocess.run(
+        [sys.executable, ROOT / 'eval.py', tmp_path, '--problems=0', '--eval_tokens=64'],
+        stdout=output, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(output)
+    assert (done.returncode, done.stderr) == (code, says)

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import resource
 import runpy
 import shutil
 import sys
@@ -344,6 +345,11 @@ def broken(folder):
     return folder
 
 
+def checkpoint_of(folder, **shape):
+    checkpoint(folder, replace(SMALL, **shape))
+    return folder
+
+
 def large(exported, folder):
     state = torch.load(exported / 'run/step_0.pt', weights_only=True)
     state['model']['blocks.1.ffn.down.weight'][3, 4] = 1e6
@@ -365,6 +371,22 @@ def with_tensors(exported, folder, what='', **tensors):
         save_file({'model.norm.weight': torch.ones(64)}, folder / 'other.safetensors')
     elif what == 'broken':
         (folder / 'tokenizer.json').write_text('{')
+    return folder
+
+
+def folder_with(exported, folder, name, text):
+    """A folder with the exported config.json, and this file."""
+    folder.mkdir()
+    shutil.copy(exported / 'hf/config.json', folder)
+    (folder / name).write_text(text)
+    return folder
+
+
+def with_odd_end(exported, folder):
+    folder_with(exported, folder, 'tokenizer.json', json.dumps(
+        {'model': {'type': 'WordLevel', 'vocab': {'a': 0}, 'unk_token': 'a'}}))
+    (folder / 'generation_config.json').write_text('{"eos_token_id": "end"}')
+    shutil.copy(exported / 'hf/model.safetensors', folder)
     return folder
 
 
@@ -398,6 +420,24 @@ WRONG = {   # name: (arguments from (exported, tmp_path), what the line tells)
     'lacking': (lambda e, t: ['--from_hf', with_tensors(
         e, t / 'x', **{'model.norm.weight': None}), t / 'run'],
                 'lacks the tensor model.norm.weight'),
+    'q8_0 of odd sizes': (lambda e, t: [checkpoint_of(t / 'x', n_ffn=144), t / 'm', '--dtype=q8_0',
+                                        '--format=gguf'], 'n_ffn to be multiples of 32'),
+    'a folder called .gguf': (lambda e, t: [e / 'run', t / 'm.gguf'], 'with --format=gguf this'),
+    'no object': (lambda e, t: ['--from_hf', folder_with(e, t / 'x', 'config.json', '[]'),
+                                t / 'run'],
+                  'config.json should hold an object'),
+    'no JSON': (lambda e, t: ['--from_hf', folder_with(e, t / 'x', 'config.json', '{'), t / 'run'],
+                'config.json: Expecting'),
+    'no weights': (lambda e, t: ['--from_hf', folder_with(e, t / 'x', 'LICENSE', ''), t / 'run'],
+                   'holds no weights'),
+    'damaged': (lambda e, t: ['--from_hf', folder_with(e, t / 'x', 'model.safetensors', 'x'),
+                              t / 'run'], 'model.safetensors is damaged'),
+    'damaged .bin': (lambda e, t: ['--from_hf', folder_with(e, t / 'x', 'pytorch_model.bin', 'x'),
+                                   t / 'run'], 'pytorch_model.bin is damaged'),
+    'an old tokenizer': (lambda e, t: ['--from_hf', folder_with(e, t / 'x', 'tokenizer.model', 'x'),
+                                       t / 'run'], 'a tokenizer.json is wanted'),
+    'an end that is no id': (lambda e, t: ['--from_hf', with_odd_end(e, t / 'x'), t / 'run'],
+                             "'end' is no id of a token"),
 }
 
 
@@ -407,6 +447,30 @@ def test_a_wrong_use_gets_one_line(exported, tmp_path, name):
     args = args(exported, tmp_path)
     assert says in refused(run('export.py', *args))
     assert set(os.listdir(tmp_path)) <= {'x'}                    # nothing is left, hidden or not
+
+
+@pytest.mark.parametrize('flags', [['--format=granite'], ['--format=gguf']])
+def test_a_full_disk_gets_one_line_and_leaves_nothing(exported, tmp_path, flags):
+    line = refused(run('export.py', exported / 'run', tmp_path / 'new', *flags,
+                       preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**5,) * 2)))
+    assert f'{tmp_path}/new: ' in line and os.listdir(tmp_path) == []
+
+
+def test_branches_that_are_scaled_differently_are_not_ours():
+    config = export.hf_config(SMALL, 'xmodel') | {'mup_ffn_residual_scale': 1.0}
+    with pytest.raises(ValueError, match='mup_attention_residual_scale is 1.4 and'):
+        export.our_config(config)
+
+
+@pytest.mark.parametrize('write, fails', [('export', 'write_weights'),
+                                          ('write_gguf', 'add_weights')])
+def test_a_stopped_export_leaves_nothing(exported, tmp_path, monkeypatch, write, fails):
+    def ctrl_c(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(export, fails, ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(export, write)(exported / 'run', tmp_path / 'x/new')
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize('package, flag', [('safetensors', '--format=granite'),

@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -729,3 +730,16 @@ def test_what_fp8_cannot_do_gets_one_line(tiny, tmp_path, flag, says):
     assert says in refused(run('train.py', *tiny, '--fp8=True', flag,
                                f'--out_dir={tmp_path / "run"}'))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('device, says', [('mps', 'no 8-bit floats on MPS'),
+                                          ('cuda', 'A100 has no FP8 units')])
+def test_a_device_without_fp8_is_refused_in_one_line(monkeypatch, capsys, device, says):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'A100')
+    model = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device(device))]))
+    knobs = SimpleNamespace(fp8=True, fp8_amax_history_len=4, fp8_margin=0, fp8_format='e5m2')
+    with pytest.raises(SystemExit):
+        start.delayed_scaling(model, knobs, None)
+    error = capsys.readouterr().err
+    assert says in error and error.count('\n') == 1

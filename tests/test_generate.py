@@ -2,12 +2,14 @@
 import io
 import json
 import os
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_chain, refused, run
+from conftest import ROOT, make_chain, refused, run
 from test_model import TINY, build, ids, one_thread  # noqa: F401             (a fixture)
 
 import generate
@@ -445,3 +447,52 @@ def test_a_turn_that_does_not_fit_is_told(tiny_run):
     assert f'this turn may have {n} tokens, and the model is meant for 128' in done.stderr
     done = run('sample.py', tiny_run, '--chat', '--max_new_tokens=10', stdin='Hello\n')
     assert 'this turn' not in done.stderr
+
+
+def sample_run(*args, text=b'', output=subprocess.PIPE, **env):
+    """(exit code, what it has told) of sample.py with these bytes as standard input."""
+    done = subprocess.run([sys.executable, ROOT / 'sample.py', *args], input=text, stdout=output,
+                          stderr=subprocess.PIPE, cwd=ROOT, check=False, env=os.environ | env)
+    return done.returncode, done.stderr.decode()
+
+
+@pytest.mark.parametrize('args, text, env, says', [
+    (['--prompt=-'], b'\xff', {'PYTHONIOENCODING': 'utf-8:strict'}, 'standard input is not utf-8'),
+    (['--prompt=\udcff'], b'', {}, 'the prompt is not UTF-8'),
+    (['--prompt=caf\xe9'], b'', {'PYTHONIOENCODING': 'ascii'},
+     'standard output takes ascii alone; with PYTHONUTF8=1')])
+def test_text_that_has_no_encoding_is_one_line(tiny_run, args, text, env, says):
+    args = [tiny_run, '--max_new_tokens=5', *args]
+    code, error = sample_run(*args, text=text, PYTHONUTF8='1', **env)
+    assert code == 2 and error.startswith(f'sample.py: {says}') and error.count('\n') == 1
+
+
+def test_a_full_or_closed_standard_output_is_one_line(tiny_run):
+    with open('/dev/full', 'w') as full:
+        code, error = sample_run(tiny_run, '--max_new_tokens=5', output=full)
+    assert code == 2 and error == 'sample.py: standard output: No space left on device\n'
+    line = refused(run('sample.py', tiny_run, preexec_fn=lambda: os.close(1)))
+    assert 'standard output is closed' in line
+
+
+def test_what_a_device_cannot_do_is_one_line(tiny_run, monkeypatch, capsys):
+    def load(*args):
+        raise RuntimeError('out of memory\nmore of it')
+    monkeypatch.setattr(sample, 'checkpoint', str(tiny_run))
+    monkeypatch.setattr(sample, 'load_model', load)
+    with pytest.raises(SystemExit):
+        sample.main()
+    error = capsys.readouterr().err
+    assert "device='cpu' cannot be used here: out of memory\n" in error and error.count('\n') == 1
+
+
+def test_another_tokenizer_has_no_chat_and_may_have_no_token(tiny_run, tmp_path):
+    tokenizers = pytest.importorskip('tokenizers')
+    shutil.copy(tiny_run / 'step_20.pt', tmp_path)
+    theirs = tokenizers.Tokenizer(tokenizers.models.WordLevel({'a': 0}))     # and no unknown word
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    theirs.save(str(tmp_path / 'tokenizer.json'))
+    line = refused(run('sample.py', tmp_path, '--chat'))
+    assert 'has a tokenizer of its own, with a chat template that is not read' in line
+    line = refused(run('sample.py', tmp_path, '--prompt= '))
+    assert "its tokenizer has no token for ' '" in line

@@ -4,9 +4,11 @@ import math
 import os
 import random
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +18,11 @@ import eval as script
 from checkpoint import load_model
 from generate import complete
 from model import Xmodel, XmodelConfig
-from tokenizer import EOS_ID, get_tokenizer
+from tokenizer import EOS_ID, OtherTokenizer, get_tokenizer
 
 lm_eval = pytest.importorskip('lm_eval')
 pytest.importorskip('accelerate')                                  # lm-eval's model hf needs it
+import datasets
 from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -435,6 +438,10 @@ def test_a_yaml_that_cannot_be_read_is_named(copy, tmp_path):
     (tmp_path / 'mine.yaml').write_text('task: mine\n  dataset_path: json\n')
     line = refused(run('eval.py', copy, '--tasks=mine', f'--include_path={tmp_path}'))
     assert f'mine: {tmp_path}/mine.yaml cannot be read' in line
+    (tmp_path / 'mine.yaml').write_text('task: mine\n')
+    (tmp_path / 'five.yaml').write_text('task: 5\n')              # which lm-eval cannot sort
+    line = refused(run('eval.py', copy, '--tasks=mine', f'--include_path={tmp_path}'))
+    assert f'include_path={tmp_path}: lm-eval cannot read its YAML files: ' in line
 
 
 def test_sympy_runs_no_answer_as_python_unless_that_is_allowed(tmp_path):
@@ -461,3 +468,52 @@ def test_wrong_knobs_are_one_line(folder, copy, args, why):
         args = [*args, f'--include_path={folder / "tasks"}']
     assert why in refused(run('eval.py', copy, *args))
     assert not (copy / 'step_0.eval.json').exists()
+
+
+@pytest.mark.parametrize('argv, says', [
+    (['--model_args', 'pretrained=/none', '--tasks', 'arc_easy'], '/none does not exist'),
+    (['--model_args', 'pretrained={copy},colour=red', '--tasks', 'arc_easy'], 'colour'),
+    (['--tasks', 'arc_easy'], 'pretrained'),
+    (['--model_args', 'pretrained={copy}', '--tasks', 'no_such_task'], 'no_such_task')])
+def test_a_mistake_in_lm_evals_own_program_is_one_line(copy, argv, says):
+    argv = [word.format(copy=copy) for word in argv]
+    done = run('eval.py', 'lm_eval', 'run', '--model', 'xmodel', *argv)
+    last = done.stderr.splitlines()[-1]                          # after what lm-eval logs
+    assert done.returncode == 2 and last.startswith('eval.py: ') and says in last
+    assert 'Traceback' not in done.stderr
+
+
+def test_without_lm_eval_its_program_names_the_package(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'lm_eval.__main__', None)
+    with pytest.raises(SystemExit):
+        script.run_lm_eval()
+    assert capsys.readouterr().err.endswith('is missing: pip install lm_eval\n')
+
+
+def test_log_likelihoods_that_are_no_numbers_are_refused(folder):
+    model, _ = load_model(folder / 'run')
+    model.norm.weight.data.fill_(math.nan)
+    x = torch.zeros(1, 1, model.config.n_embd)
+    with pytest.raises(FloatingPointError, match='log-likelihoods are NaN'):
+        harness.log_likelihoods(model, model.norm(x), [(0, 1, 0)])
+
+
+def test_options_that_cannot_be_kept_are_refused():
+    with pytest.raises(ValueError, match='generation_kwargs: num_beams is not known'):
+        harness.sampling_of({'num_beams': 2, 'do_sample': False})
+    with pytest.raises(ValueError, match='its metric bleu comes from the hub as a program'):
+        harness.load_metric(True, 'bleu')
+    other = SimpleNamespace(tokenizer=object.__new__(OtherTokenizer))
+    with pytest.raises(NotImplementedError, match='chat template of another tokenizer'):
+        harness.XmodelLM.apply_chat_template(other, [])
+
+
+def test_a_folder_of_data_without_a_readme_says_so(tmp_path):
+    (tmp_path / 'own').mkdir()
+    (tmp_path / 'own/a.jsonl').write_text('{"a": 1}\n')
+    loader = harness.DatasetLoader(datasets.load_dataset, tmp_path)
+    with pytest.raises(ValueError, match='own has no README.md, which names its parts'):
+        loader('own', 'main')
+    (tmp_path / 'own/README.md').write_text('---\nconfigs:\n- config_name: other\n---\n')
+    with pytest.raises(ValueError, match='^(?!.*has no README)'):
+        loader('own', 'main')

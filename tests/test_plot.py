@@ -337,3 +337,19 @@ def test_the_schedule_as_a_program(tmp_path):
     done = run('lab.plot', 'schedule', ROOT / 'config/nano.py', '--png=nano.png', cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, 'nano.png\n', '')
     assert (tmp_path / 'nano.png').read_bytes()[:4] == b'\x89PNG'
+
+
+def test_without_matplotlib_it_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    with pytest.raises(SystemExit):
+        plot.pyplot()
+    assert capsys.readouterr().err.endswith(': pip install matplotlib\n')
+
+
+def test_one_file_holds_one_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plot, 'png', 'a.png')
+    results = [(tmp_path / f'{i}.json', {'kind': 'transfer'}) for i in range(2)]
+    monkeypatch.setattr(plot, 'read_results', lambda path: results)
+    with pytest.raises(SystemExit):
+        plot.main([tmp_path])
+    assert "png='a.png' is one file, and these are 2 pictures" in capsys.readouterr().err

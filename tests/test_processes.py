@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, make_chain
 
 import processes
 
@@ -40,6 +40,45 @@ def test_a_signal_removes_what_is_half_written(tmp_path, sign):
     assert len(os.listdir(tmp_path)) == 1
     process.send_signal(sign)
     assert process.wait(10) == 2 and os.listdir(tmp_path) == []
+
+
+STOPPED = {   # script: (its arguments, a file that it reads, what it says)
+    'eval.py': (['run'], 'run/step_0.eval.json', 'eval.py: stopped; --resume keeps'),
+    'export.py': (['run', 'new'], 'run/log.jsonl', 'export.py: stopped; nothing was written'),
+    'lab.coord_check': (['--data_dir=run', '--out=new'], 'run/stdlib/meta.json',
+                        'coord_check.py: stopped'),
+    'sample.py': (['run', '--batch=run/b.jsonl'], 'run/b.jsonl', '')}
+
+
+@pytest.mark.parametrize('script', STOPPED)
+@pytest.mark.parametrize('sign', [signal.SIGTERM, signal.SIGINT])
+def test_a_script_that_is_stopped_says_so_in_one_line_and_leaves_nothing(tmp_path, script, sign):
+    arguments, file, told = STOPPED[script]
+    make_chain(tmp_path / 'run', [5, 6])
+    (tmp_path / 'run/stdlib').mkdir()
+    os.mkfifo(tmp_path / file)                                   # it waits here for a writer
+    words = [ROOT / script] if script.endswith('.py') else ['-m', script]
+    process = subprocess.Popen(
+        [sys.executable, *words, *arguments], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(  # noqa: PLW1509
+            signal.SIGINT, signal.default_int_handler))
+    with open(tmp_path / file, 'w'):
+        process.send_signal(sign)
+        output, error = process.communicate(timeout=20)
+    exit_code = 130
+    if script == 'sample.py' and sign == signal.SIGTERM:         # it has nothing to remove
+        exit_code = -signal.SIGTERM
+    assert (process.returncode, output) == (exit_code, ''), error
+    assert error.startswith(told) and error.count('\n') == bool(told)
+    assert os.listdir(tmp_path) == ['run']
+
+
+def test_a_process_of_someone_else_is_alive(monkeypatch):
+    def kill(pid, sign):
+        raise PermissionError
+    monkeypatch.setattr(os, 'kill', kill)
+    assert processes.is_alive(1)
 
 
 def test_nohup_holds(tmp_path):

@@ -63,6 +63,7 @@ def test_a_killed_sweep_goes_on_and_ends_in_the_same_table(tmp_path, config):
         _, error = process.communicate()
         if sign == signal.SIGTERM:
             assert error.startswith('sweep.py: stopped') and error.count('\n') == 1
+            assert process.returncode == 130
     stood = lines(broken)
     with open(broken / 'out/sweep/transfer/trials.jsonl', 'a') as f:
         f.write('{"flags": ["small.py", "--n_em')                 # as a kill may leave it
@@ -313,3 +314,36 @@ def test_lines_that_are_no_trials_are_refused(tmp_path, config, line):
     (tmp_path / 'out/sweep/transfer/trials.jsonl').write_bytes(line + b'\n')
     assert 'trials.jsonl: not the line of a trial' in refused(
         run('lab.sweep', *TRANSFER, config, cwd=tmp_path))
+
+
+def test_a_file_in_the_place_of_a_folder_is_one_line(tmp_path, config):
+    (tmp_path / 'out').write_text('')
+    line = refused(run('lab.sweep', 'transfer', config, cwd=tmp_path))
+    assert 'out' in line and 'the lines of finished trials are whole' in line
+
+
+@pytest.mark.usefixtures('config')
+def test_a_search_of_which_all_trials_diverge_has_no_best(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, 'config', str(tmp_path / 'small.py'))
+    monkeypatch.setattr(sweep, 'prepare_data', lambda: None)
+    monkeypatch.setattr(sweep, 'run_search', lambda n_steps: [(None, {})] * sweep.trials)
+    with pytest.raises(SystemExit):
+        sweep.search(None)
+    assert f'all {sweep.trials} trials diverged' in capsys.readouterr().err
+
+
+def test_a_sampler_that_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'optuna', None)
+    assert sweep.make_study() is None                            # auto: Sobol points
+    monkeypatch.setattr(sweep, 'sampler', 'tpe')
+    with pytest.raises(SystemExit):
+        sweep.make_study()
+    assert 'pip install optuna, or --sampler=sobol' in capsys.readouterr().err
+
+
+def test_a_stable_run_that_fails_ends_the_sweep(tmp_path, monkeypatch, capsys):
+    failed = [(['--steps=5'], {'status': 'failed', 'error': 'no memory'})]
+    monkeypatch.setattr(trials, 'run_trials', lambda missing, jobs: iter(failed))
+    with pytest.raises(SystemExit):
+        trials.make_checkpoints({tmp_path: ['--steps=5']}, [[f'--init_from={tmp_path}']], 1)
+    assert '--steps=5: no memory' in capsys.readouterr().err

@@ -3,6 +3,7 @@ import hashlib
 import importlib.util
 import os
 import random
+import runpy
 import subprocess
 import sys
 import sysconfig
@@ -196,3 +197,23 @@ def test_special_tokens_and_half_characters_are_text(text):
     ids = t.encode_ordinary(text)
     assert ids == tokenizer.tiktoken.Encoding.encode_ordinary(t, text)
     assert not t.special_ids & set(ids)
+
+
+def test_another_models_tokenizer_that_cannot_be_used_is_one_line(llamas, tmp_path, monkeypatch):
+    file, _ = llamas
+    with pytest.raises(ValueError, match='its tokenizer cannot encode'):
+        tokenizer.OtherTokenizer(file, 7).encode_ordinary('a\ud800')
+    (tmp_path / 'other.json').write_text('{}')
+    with pytest.raises(ValueError, match='other.json: '):
+        tokenizer.OtherTokenizer(tmp_path / 'other.json', 7)
+    monkeypatch.setitem(sys.modules, 'tokenizers', None)
+    with pytest.raises(ValueError, match='pip install tokenizers$'):
+        tokenizer.OtherTokenizer(file, 7)
+
+
+def test_without_the_vocabulary_the_script_names_it(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(SystemExit) as e:
+        runpy.run_path(tokenizer.__file__, run_name='__main__')
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and error.startswith('tokenizer.py: ') and error.count('\n') == 1

@@ -77,6 +77,10 @@ def test_a_step_is_looked_at_again(tiny_run, tiny, tmp_path):
     assert run('train.py', *later, '--checkpoint_interval=99').returncode == 0
     line = refused(run('train.py', *later, '--replay=3'))
     assert 'began at step 16: there is no step 3' in line
+    for file in folder.glob('*.pt'):
+        file.unlink()
+    line = refused(run('train.py', *tiny, f'--out_dir={folder}', '--replay=2', '--seed=7'))
+    assert 'has no checkpoint at or before step 2, and it began otherwise' in line
     line = refused(run('train.py', *tiny, f'--out_dir={folder}', '--replay=20'))
     assert 'replay=20' in line
 
@@ -478,6 +482,9 @@ WRONG = {   # name: (script, arguments from (tmp_path, tiny_run, data_dir), what
     'a device as checkpoint': ('train.py', lambda t, r, d: ['--init_from=/dev/zero'], 'not exist'),
     'moments of another shape': ('train.py', lambda t, r, d: [
         f'--init_from={other_moments(r, t / "w.pt")}'], 'is not a checkpoint of train.py'),
+    'warmup longer than steps': ('train.py', lambda t, r, d: ['--phases.long.warmup=9'],
+                                 "'long': its warmup is longer than its steps=4"),
+    'no run to look at': ('train.py', lambda t, r, d: ['--replay=3'], 'holds no run whose step'),
     'no GPU': ('lab.plan', lambda t, r, d: ['--gpus=0'], 'gpus=0 should be at least 1'),
     'a space for =': ('train.py', lambda t, r, d: ['--keep', '3'], 'without a space: --keep=3'),
     'GPUs after a space': ('lab.plan', lambda t, r, d: ['--gpus', '8'], '--gpus=8'),
