@@ -88,7 +88,7 @@ def groups_of_documents(documents, limit):
     group, size = [], 0
     for document in documents:
         group.append(document)
-        size += len(document.text)
+        size += len(document.whole())
         if size > limit:
             yield group
             group, size = [], 0
@@ -107,8 +107,11 @@ def move_into_place(temporary, out, overwrite):
     try:
         temporary.rename(out)
     except OSError as e:
+        if old.exists() and not out.exists():
+            old.rename(out)
         if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
+        shutil.rmtree(old, ignore_errors=True)
         raise ValueError(f'{out} exists by now, another process has made it: this one is '
                          'dropped') from None
     shutil.rmtree(old, ignore_errors=True)
@@ -293,6 +296,7 @@ def prepare_missing(data_dir, names, sources, vocab_size):
 # The script
 
 def error(message, exit_code=2):
+    """configurator.fail, but in the name of this script where train.py runs it, too."""
     print(f'data_prep.py: {message}', file=sys.stderr)
     sys.exit(exit_code)
 
@@ -302,7 +306,8 @@ def nearest_option(message, parser):
     unknown = re.search(r'unrecognized arguments: (--\w+)', message)
     if not unknown:
         return ''
-    near = difflib.get_close_matches(unknown[1], parser.format_help().split(), 1, 0)
+    options = [f'--{name}' for name in vars(parser.parse_args([])) if name != 'source']
+    near = difflib.get_close_matches(unknown[1], options, 1, 0)
     return f', the nearest is {near[0]}'
 
 
@@ -315,14 +320,16 @@ def make_parser():
     add = parser.add_argument
     add('source', nargs='?', default='stdlib', help="file, folder, 'stdlib' (default) or 'arith'")
     add('--out_dir', help='folder to write; default data/ and the name of the source')
-    add('--vocab_size', type=int, default=16_384, help="keep the tokenizer's first ids; 16384")
-    add('--val_fraction', type=float, default=0.05, help='share of the text held out; 0.05')
+    add('--vocab_size', type=int, default=16_384,
+        help="keep the tokenizer's first ids; %(default)s")
+    add('--val_fraction', type=float, default=0.05, help='share of the text held out; %(default)s')
     add('--on_error', choices=('raise', 'skip'), default='raise',
         help="at an unusable file or line: 'raise' stops (default), 'skip' goes on and counts")
     add('--max_mb', type=float, default=0, help='stop after so many megabytes of text; 0: never')
-    add('--seed', type=int, default=1337, help='fixes the split, and the problems of arith; 1337')
+    add('--seed', type=int, default=1337,
+        help='fixes the split, and the problems of arith; %(default)s')
     add('--site_packages', action='store_true', help='with the installed Python packages')
-    add('--num_docs', type=int, default=40_000, help='arith: number of problems; 40000')
+    add('--num_docs', type=int, default=40_000, help='arith: number of problems; %(default)s')
     add('--separator', type=lambda text: text.replace('\\n', '\n'), default='',
         help="what parts the documents of a text file, such as '<|endoftext|>' or '\\n\\n'")
     add('--overwrite', action='store_true', help='replace the data set out_dir if there is one')
@@ -351,7 +358,9 @@ def report(meta, out_dir):
 
 def main(argv=None):
     args = vars(make_parser().parse_args(argv))
-    args['out_dir'] = args['out_dir'] or Path('data', Path(args['source']).resolve().stem)
+    if not args['out_dir']:
+        source = Path(args['source']).expanduser().resolve()
+        args['out_dir'] = Path('data', source.name if source.is_dir() else source.stem)
     try:
         with signals_as_ctrl_c():
             meta = prepare(**args)

@@ -94,7 +94,8 @@ def world_size():
 
 
 def rank_0_first(work):
-    """Return on every rank what work() returns on rank 0. Where it ends rank 0, all ranks end.
+    """Return on every rank what work() returns on rank 0. Where a mistake, a full disk or Ctrl-C
+    ends it there, all ranks end.
 
     It may take hours, as when rank 0 prepares data. The others wait as long as rank 0 is alive.
     """
@@ -121,7 +122,7 @@ def rank_0_first(work):
     return message[0]
 
 
-PATIENCE = 180                                                   # seconds
+PATIENCE = 180              # seconds; signs of life are given each 6 s, and looked for each second
 n_waits = 0                                                      # so that each has keys of its own
 
 
@@ -165,7 +166,7 @@ def signs_of_life_from_rank_0():
 
 
 def sum_over_ranks(numbers, device):
-    """A tensor of these numbers, each added up over all ranks."""
+    """A tensor of these numbers, each added up over all ranks; a tensor is changed in place."""
     total = torch.as_tensor(numbers, device=device)
     if ranks()[1] > 1:
         dist.all_reduce(total)

@@ -43,10 +43,9 @@ class Document(NamedTuple):
 # --------------------------------------------------------------------------------------------------
 # Files
 
-def is_hidden_or_installed(path):
-    """Whether a path leads through a hidden folder or one of installed packages."""
-    return any(part.startswith('.') or part in ('site-packages', 'dist-packages')
-               for part in path.parts)
+def is_left_out(name):
+    """Whether a file or folder of this name is hidden, or holds installed packages."""
+    return name.startswith('.') or name in ('site-packages', 'dist-packages')
 
 
 def find_files(source):
@@ -67,8 +66,10 @@ def find_files(source):
             subfolders.clear()
             continue
         seen.add(real)
-        for path in (Path(folder, name) for name in names):
-            if not path.is_file() or is_hidden_or_installed(path.relative_to(root)):
+        subfolders[:] = [name for name in subfolders if not is_left_out(name)]
+        for name in names:
+            path = Path(folder, name)
+            if is_left_out(name) or not path.is_file():
                 continue
             if path.suffix.lower() in SUFFIXES:
                 files.append(path)
@@ -92,15 +93,16 @@ def fingerprint(files):
     """
     root = os.path.commonpath([file.parent for file in files]) if files else ''
     sizes = [file.stat().st_size for file in files]
+    total = sum(sizes)
     digest = hashlib.blake2b(digest_size=16)
     for file, size in zip(files, sizes):
         name = os.path.relpath(file, root)
         digest.update(f'{name}\0{size}\0'.encode(errors='surrogateescape'))
-        if sum(sizes) <= 1e9:
+        if total <= 1e9:
             with open(file, 'rb') as f:
                 for block in iter(partial(f.read, 2**20), b''):
                     digest.update(block)
-    return {'files': len(files), 'bytes': sum(sizes), 'hash': digest.hexdigest()}
+    return {'files': len(files), 'bytes': total, 'hash': digest.hexdigest()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -121,8 +123,8 @@ def parse_line(content):
                 text = ' ' + text_of_turn(answer)              # one token with the first word
             case _:
                 raise TypeError
-        whole = (prompt or '') + text
-        whole.encode()                                         # JSON can escape half a character
+        document = Document(text, prompt)
+        document.whole().encode()                              # JSON can escape a lone surrogate
     except UnicodeError:
         raise ValueError('not UTF-8') from None
     except (json.JSONDecodeError, RecursionError):
@@ -132,7 +134,7 @@ def parse_line(content):
                          '"messages" that end with the assistant; all strings') from None
     if not text.strip():
         raise ValueError('empty')
-    return Document(text, prompt, whole)
+    return document._replace(key=document.whole())
 
 
 def open_text(file):
@@ -168,7 +170,8 @@ def count_characters(file):
 def read_text(file, separator, val_fraction, most_chars):
     """Yield the documents of a text file: one, or those between the separators.
 
-    A long one is never in memory as a whole. Of it, at most most_chars characters are read.
+    A long one is never in memory as a whole, and comes in parts that have their split. Its first
+    most_chars characters are all that is taken: the cut depends on how much that is.
     """
     n_chars = count_characters(file)
     with open_text(file) as f:
@@ -272,10 +275,13 @@ def arith(num_docs, seed):
 
 
 def first_bytes(documents, limit):
-    """Yield documents until they hold limit bytes of text; a long one is not left in its middle."""
+    """Yield documents until they hold limit bytes, prompts included.
+
+    A long one, which comes in parts, those for train first, is not left in its middle.
+    """
     for document in documents:
         yield document
-        limit -= len(document.text.encode())
+        limit -= len(document.whole().encode())
         if limit <= 0 and document.is_end and document.split != 'train':
             return
 
@@ -284,8 +290,8 @@ def first_bytes(documents, limit):
 # Which split
 
 def rest_of_line(text):
-    """How many characters are left of the line that text begins in; of its word, where no line
-    ends; 0 where no word does."""
+    """Characters of text up to and with its first line end; its first space, where it has none; 0
+    where it has neither."""
     for mark in ('\n', ' '):
         if mark in text:
             return text.index(mark) + 1
@@ -330,17 +336,18 @@ def hash_of(key, seed):
 
 
 def divide(documents, val_fraction, seed, source):
-    """Yield the documents with their split, which is by the hash of their key: equal ones go
-    together, and a data set that grows keeps what it held out.
+    """An iterable of the documents with their split, which is by the hash of their key: equal ones
+    go together, and a data set that grows keeps what it held out.
 
-    The first two different ones go to different splits. Where documents are few, and the hash does
-    not come near val_fraction of the text, divide_few decides. ValueError if there are none.
+    The first two different ones go to different splits, so that neither is empty. Where documents
+    are few, and the hash does not come near val_fraction of the text, divide_few decides. That is
+    known, and ValueError raised if there are none, before this returns: it reads LOOK_AHEAD first.
     """
     by_hash = partial(hash_of, seed=seed)
     head, n_chars = [], 0
     for document in documents:
         head.append(document)
-        n_chars += len(document.text)
+        n_chars += len(document.whole())
         if n_chars > LOOK_AHEAD:
             break
     if not head:

@@ -112,22 +112,19 @@ def validation_loss(model, dataset, T):
 def problems_of(dataset, tokenizer):
     """([(prompt, completion)], two lists of ids each; how many documents are left out).
 
-    A problem is a held-out document with a prompt and a number after ####. Each question comes
-    once. Those with other worked answers come first: the same calculation may occur with other
-    names and things.
+    A problem is a held-out document with a prompt and a number after ####. Each prompt comes once.
+    One for each worked answer comes first: the same calculation may occur with other names and
+    things.
     """
-    questions, last_with_answer, left_out = {}, {}, 0
+    by_prompt, left_out = {}, 0
     for prompt, completion in dataset.pairs('val'):
-        if not prompt or answer(tokenizer.decode(completion)) is None:
+        if prompt and answer(tokenizer.decode(completion)) is not None:
+            by_prompt.setdefault(tuple(prompt), completion)
+        else:
             left_out += 1
-            continue
-        question = tuple(prompt), tuple(completion)
-        questions.setdefault(question[0], question)
-        last_with_answer[question[1]] = question
-    first = dict.fromkeys(last_with_answer.values())
-    asked = {prompt for prompt, _ in first}
-    others = [question for prompt, question in questions.items() if prompt not in asked]
-    return [(list(prompt), list(completion)) for prompt, completion in [*first, *others]], left_out
+    by_answer = {tuple(completion): prompt for prompt, completion in by_prompt.items()}
+    prompts = dict.fromkeys([*by_answer.values(), *by_prompt])           # those of by_answer first
+    return [(list(prompt), by_prompt[prompt]) for prompt in prompts], left_out
 
 
 def solve_problems(model, dataset, tokenizer):
@@ -143,9 +140,7 @@ def solve_problems(model, dataset, tokenizer):
         longest = max(len(completion) for _, completion in batch)
         rows = complete(model, tokenizer, prompts, 2 * longest, stop_ids=[EOS_ID], temperature=0.0)
         for (_, completion), row in zip(batch, rows):
-            given = answer(row.text)
-            if given is not None and given == answer(tokenizer.decode(completion)):
-                solved += 1
+            solved += answer(row.text) == answer(tokenizer.decode(completion))
     return {'solved': solved, 'tried': len(found), 'left_out': left_out}
 
 
@@ -242,11 +237,11 @@ def run_lm_eval():
         from lab import harness  # noqa: F401                      (importing it adds the model)
     except ModuleNotFoundError as e:
         fail(f'{e.name} is missing: pip install lm_eval')
-    script = sys.argv.pop(0)
+    script = sys.argv.pop(0)                                       # it takes lm_eval for its name
     try:
         cli_evaluate()
     except (ValueError, TypeError, OSError) as e:                  # no hub, say
-        sys.argv[0] = script
+        sys.argv[0] = script                                       # which fail names
         fail(e)
 
 
@@ -488,7 +483,7 @@ def main():
         fail(f'{e.name} is missing: pip install lm_eval')
     except OSError as e:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)               # what is still to be flushed
-        fail(f'{e.filename or "standard output"}: {e.strerror}')
+        fail(f'{e.filename or "standard output"}: {e.strerror or e}')
     sys.exit(1 if left_out else 0)
 
 

@@ -14,6 +14,7 @@ q·k / sqrt(hd). µP's rules for init and learning rates have no keys in Granite
 shape.py, which is written beside an imported checkpoint, says what was assumed.
 """
 import errno
+import itertools
 import json
 import math
 import shutil
@@ -210,17 +211,11 @@ def scales_of_factors(config, shape, hd):
 def new_path(path):
     """Yields a temporary path to write to, which is renamed to `path` at the end.
 
-    After an exception nothing is left.
+    After an exception nothing is left, but an empty folder that `path` should have been in.
     """
-    new_parent = not path.parent.exists()
-    try:
-        with temporary_folder(path.parent, path.name) as folder:
-            yield folder / path.name
-            (folder / path.name).rename(path)
-    finally:
-        if new_parent:
-            with suppress(OSError):                                # unless it holds something
-                path.parent.rmdir()
+    with temporary_folder(path.parent, path.name) as folder:
+        yield folder / path.name
+        (folder / path.name).rename(path)
 
 
 def write_json(path, content):
@@ -278,7 +273,8 @@ def write_weights(folder, state, c, shard_bytes):
         if len(shards) > 1:
             file = f'model-{n:05}-of-{len(shards):05}.safetensors'
         # copies: safetensors refuses tensors that share memory, as rows of a fused weight do
-        shard = {name: next(tensors)[1].to(DTYPES[dtype], copy=True) for name in names}
+        shard = {name: t.to(DTYPES[dtype], copy=True)
+                 for name, t in itertools.islice(tensors, len(names))}
         try:
             save_file(shard, folder / file, {'format': 'pt'})
         except SafetensorError as e:                               # a full disk, say
@@ -624,7 +620,7 @@ def main():
         package = e.name.partition('.')[0]
         fail(f'{package} is missing: pip install {package}')
     except OSError as e:
-        fail(f'{target}: {e.strerror}')
+        fail(f'{target}: {e.strerror or e}')
 
 
 if __name__ == '__main__':

@@ -92,13 +92,11 @@ def cumulative_shares(weights):
 
     weights: ((name, weight), ...). ValueError, in one line, for weights that are no mixture.
     """
-    for _, weight in weights:
-        if type(weight) not in (int, float) or not 0 <= weight < math.inf:
-            raise ValueError(f'weights {dict(weights)} should be numbers from 0 up, not all 0')
+    possible = all(type(weight) in (int, float) and 0 <= weight < math.inf for _, weight in weights)
+    if not possible or not any(weight for _, weight in weights):
+        raise ValueError(f'weights {dict(weights)} should be numbers from 0 up, not all 0')
     exact = [Fraction(str(weight)) for _, weight in weights]          # 0.1 is 1/10 here
     total = sum(exact)
-    if not total:
-        raise ValueError(f'weights {dict(weights)} should be numbers from 0 up, not all 0')
     for (name, weight), w in zip(weights, exact):
         if 0 < w < total / 1000:
             raise ValueError(f'weight {weight} of {name} is under 1/1000 of the mixture')
@@ -191,18 +189,15 @@ class Dataset:
         return n
 
     def coverage(self, split, T, completion_only=False):
-        """What windows of T tokens leave out of a split, as a dict of counts: of 'documents' how
-        many are 'cut', of 'tokens' how many are 'never_seen', of 'windows' how many have no loss,
-        'without_target'. Plain text is cut at every T tokens, and counts no document as cut."""
+        """What windows of T tokens leave out of a split of SFT data, as a dict of counts: of
+        'documents' how many are 'cut', of 'tokens' how many are 'never_seen', of 'windows' how many
+        have no loss, 'without_target'."""
         starts, stops = map(np.asarray, self.spans(split, T))
         tokens = len(self.tokens[split])
-        counts = {'documents': self.meta[split]['documents'], 'cut': 0, 'tokens': tokens,
-                  'never_seen': tokens - int(stops[-1]) if len(stops) else tokens,
+        left_out = np.append(starts[1:], tokens) - stops               # behind each window, tokens
+        counts = {'documents': self.meta[split]['documents'], 'cut': int((left_out > 0).sum()),
+                  'tokens': tokens, 'never_seen': int(left_out.sum()),
                   'windows': len(starts), 'without_target': 0}
-        if not self.masks:
-            return counts
-        cut = np.append(starts[1:], tokens) - stops                            # of each window
-        counts |= {'cut': int((cut > 0).sum()), 'never_seen': int(cut.sum())}
         if completion_only:
             in_completions = np.append(0, np.cumsum(self.masks[split], dtype=np.int64))
             targets = in_completions[stops] - in_completions[starts + 1]
@@ -316,7 +311,8 @@ def map_file(file, dtype, n, make):
 
 
 def check_ids(data_dir, data):
-    """ValueError, in one line, where ids of {name: Dataset} are not as written, or are none.
+    """ValueError, in one line, where ids of {name: Dataset} are not as written, or (in shards that
+    others wrote) not below vocab_size.
 
     Splits of over 4 GB, the work of two seconds, are taken as they are.
     """

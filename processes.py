@@ -66,8 +66,9 @@ def temporary_folder(parent, name):
 def end_with_standard_input():
     """End this process when its standard input closes."""
     def wait():
-        while os.read(0, 4096):                                  # (sys.stdin has a lock, which a
-            pass                                                 # process that ends would want)
+        # (not sys.stdin: a read that waits has its lock, for which Python waits at the end)
+        while os.read(0, 4096):
+            pass
         os._exit(1)
     threading.Thread(target=wait, daemon=True).start()
 

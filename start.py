@@ -31,6 +31,7 @@ from checkpoint import (
 from configurator import check_range, fail
 from data_prep import prepare_missing
 from distributed import load_state, print_once, rank_0_first, ranks
+from documents import SPLITS
 from fp8 import E4M3, E5M2, convert_to_float8
 from loader import check_ids, get_batch, open_data
 from model import Xmodel, XmodelConfig
@@ -141,7 +142,7 @@ def computes_in_bf16(knobs, device):
 
 
 def model_config(knobs):
-    """The XmodelConfig of these knobs, a dict; ValueError where no such model can be."""
+    """The XmodelConfig of knobs, here a dict; ValueError where no such model can be."""
     shape = {f.name: knobs[f.name] for f in fields(XmodelConfig) if f.name in knobs}
     return XmodelConfig(**shape, block_size=max(phase['block_size'] for phase in knobs['phases']))
 
@@ -184,7 +185,7 @@ class Start:
     config: XmodelConfig
     data: dict                          # {name: loader.Dataset}
     checkpoint: dict | None             # as read_checkpoint returns it
-    resuming: bool
+    resuming: bool                      # so does a replay that has a checkpoint
     state: TrainState
     existing: list                      # checkpoints that out_dir held before
     lock: object = None                 # open as long as the run goes on
@@ -279,7 +280,8 @@ def find_start(knobs, given, defaults, existing, path=''):
 def usable_checkpoint(path, config, check, replay=False):
     """The checkpoint `path`; ValueError, in one line, where this model cannot go on from it.
 
-    check: its sums, and that weights are finite, unless a replay is to find out why they are not.
+    check: its checksums, and that weights are finite, unless a replay is to find out why they are
+    not.
     """
     checkpoint = read_checkpoint(path, check)
     own = Path(checkpoint['path']).with_name('tokenizer.json')
@@ -319,7 +321,7 @@ def data_of_run(knobs, resuming):
             check_ids(knobs.data_dir, data)
         for phase in knobs.phases:                               # weights and lengths are possible
             get_batch(data, phase['data'], [0], phase['block_size'], knobs.seed)
-            for name, split in itertools.product(phase['data'], ('train', 'val')):
+            for name, split in itertools.product(phase['data'], SPLITS):
                 data[name].n_windows(split, phase['block_size'])
     except ValueError as e:
         fail(e)
@@ -332,7 +334,9 @@ def data_of_run(knobs, resuming):
 def refuse_without_targets(phase, data):
     """End the program where a phase has a data set whose windows reach no completion."""
     T = phase['block_size']
-    for name, split in itertools.product(phase['data'], ('train', 'val')):
+    for name, split in itertools.product(phase['data'], SPLITS):
+        if not data[name].masks:                                 # plain text: all are targets
+            continue
         counts = data[name].coverage(split, T, completion_only=True)
         if counts['without_target'] == counts['windows']:
             fail(f'phase {phase["name"]!r}: with completion_only no window of {T} tokens of '
@@ -341,7 +345,7 @@ def refuse_without_targets(phase, data):
 
 
 def print_coverage(knobs, data):
-    """Print what the windows of each phase leave out of each SFT data set. (Plain text loses but
+    """Print what the windows of each phase leave out of each SFT data set. (Plain text loses only
     the tokens after its last whole window.)"""
     rows = []
     for phase in knobs.phases:
@@ -369,14 +373,14 @@ def state_of(checkpoint, knobs, resuming):
 
 
 def refuse_changes(checkpoint, knobs, given, defaults):
-    """--resume goes on with the same run: end the program where knobs differ that decide it.
+    """--resume goes on with the same run: end the program where knobs differ that decide it, and
+    print what else differs: other knobs, the code, packages.
 
     A knob that the checkpoint does not have, since it is older, had its default.
     """
     lines = changes(defaults | checkpoint['knobs'], given)
     for line in lines:
-        knob = line.split(':')[0].split('.')[0]
-        if knob not in FREE:
+        if knob_of(line) not in FREE:
             fail(f'--resume goes on with the same run, but {line}; for a changed one: '
                  f'--init_from={checkpoint["path"]} --out_dir=NEW')
     if checkpoint['made_by']:
@@ -384,6 +388,11 @@ def refuse_changes(checkpoint, knobs, given, defaults):
     for line in lines:
         if not line.startswith(('resume:', 'replay:')):
             print_once(f'resume: {line}')
+
+
+def knob_of(line):
+    """The knob that a line of `changes` is about: 'phases.decay.lr: 1 -> 2' -> 'phases'."""
+    return line.split(':')[0].split('.')[0]
 
 
 def check_first_start(folder, knobs, given, step):
@@ -394,13 +403,12 @@ def check_first_start(folder, knobs, given, step):
     except (ValueError, LookupError, TypeError):
         fail(f'{folder}/run.json is damaged, and there is no checkpoint at or before step '
              f'{knobs.replay} to begin with')
-    free = FREE - {'init_from'}
-    then = {knob: value for knob, value in first_knobs.items() if knob not in free}
     now = json.loads(json.dumps(given))                          # tuples become lists
-    now = {knob: value for knob, value in now.items() if knob not in free}
-    if now != then or step != first_step:
+    lines = changes(first_knobs | {'first_step': first_step}, now | {'first_step': step})
+    lines = [line for line in lines if knob_of(line) not in FREE - {'init_from'}]
+    if lines:
         fail(f'{folder} has no checkpoint at or before step {knobs.replay}, and it began otherwise '
-             'than this would, by its run.json')
+             f'than this would, by its run.json: {lines[0]}')
 
 
 def open_folder(start, knobs, given, device):

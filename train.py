@@ -231,7 +231,7 @@ def evaluate(model, data, phase, rows, device, autocast):
 def main(knobs, given, defaults):
     """Train with these knobs, which are the globals as well; every rank its rows of each batch.
 
-    given: {knob: value} as the user gave them, before check_knobs scaled them; defaults: {knob:
+    given: {knob: value} as the user gave them, before complete_phases scaled them; defaults: {knob:
     value} of this file. Both go into checkpoints and what --resume compares.
     """
     # --- device and ranks: bf16 matmuls where the hardware has them, fp32 weights everywhere ---

@@ -1,10 +1,10 @@
-"""Which `except`, `fail` and `raise` does each test reach, and which ones does none?
+"""For each `except`, `fail` and `raise` of the scripts: a test that reaches it, or none.
 
     python tests/error_paths.py        # runs the suite in a copy whose error paths leave notes
 
 results/error_paths.md lists them with one test each, those that no test reaches first. A copy, and
 not a coverage tool, since workers that are killed, or end by os._exit, would take what such a tool
-had counted with them. Tests that read the scripts themselves may fail in the copy.
+had counted with them. (A bare `raise` counts with its `except`.)
 """
 import ast
 import re
@@ -23,7 +23,10 @@ NOTE = """; _note = lambda n: (
 
 
 def error_paths(source):
-    """[(line, column, kind, function)] of a script's error paths, from the last to the first."""
+    """[(line, column, kind, line to show, function)] of a script, from the last to the first.
+
+    Line and column are where a note can be put: in an `except`, before its first statement.
+    """
     found = []
 
     def visit(node, function):
@@ -79,18 +82,21 @@ def main():
                 about |= mine
         # what a fork server starts does not know, by its environment, in which test it is
         conftest = copy / 'tests/conftest.py'
-        text = conftest.read_text(encoding='utf-8').replace('args=(argv, cwd, files)', (
-            "args=(argv, cwd, files, {'PYTEST_CURRENT_TEST': os.environ['PYTEST_CURRENT_TEST']})"))
-        text = text.replace("'MASTER_PORT': f'{port}'", (
-            "'MASTER_PORT': f'{port}', 'PYTEST_CURRENT_TEST': os.environ['PYTEST_CURRENT_TEST']"))
+        text = conftest.read_text(encoding='utf-8')
+        name = "'PYTEST_CURRENT_TEST': os.environ['PYTEST_CURRENT_TEST']"
+        for old, new in (('args=(argv, cwd, files)', f'args=(argv, cwd, files, {{{name}}})'),
+                         ("'MASTER_PORT': f'{port}'", f"'MASTER_PORT': f'{{port}}', {name}")):
+            assert old in text
+            text = text.replace(old, new)
         conftest.write_text(text, encoding='utf-8')
         subprocess.run([sys.executable, '-m', 'pytest', '-q', '-n', '2', '--dist', 'loadfile',
-                        '-p', 'no:cacheprovider', *sys.argv[1:]], cwd=copy, check=False)
+                        '-p', 'no:cacheprovider', *sys.argv[1:]], cwd=copy, check=True)
         reached = {file.name: file.read_text() for file in notes.iterdir()}
     rows = []
     for number, (name, line, function, code) in about.items():
-        test = reached.get(number)
-        test = 'none' if test is None else re.sub(r' \(\w+\)$|\[.*', '', test) or 'a child of one'
+        test = 'none'
+        if number in reached:                      # of a parametrized test, without its parameters
+            test = re.sub(r' \(\w+\)$|\[.*', '', reached[number]) or 'in a process of its own'
         rows.append((test != 'none', name, line, function, code, test))
     with open(TABLE, 'w', encoding='utf-8') as f:
         f.write('| script | function | error path | test |\n| --- | --- | --- | --- |\n')

@@ -4,11 +4,12 @@
     python tests/kills.py 1          # once each
 
 A place is a command that starts a process or a thread, or writes a temporary file. When it is at
-work, a signal is sent to one of its children, to the command itself, or to its whole group. Then it
-has 10 seconds to end, with another exit code than 0; after that nothing of it may be there: no
-process, no temporary file. (After SIGKILL of the command a temporary folder may stay, until the
-next such command begins.) The table goes to results/kills.md. test_kills.py asserts the same, once
-each.
+work, a signal is sent to one of its children (to all trials of a sweep, which do not need one
+another), to the command itself, or to it and all its children. Then it has 10 seconds to end, with
+another exit code than 0 and without a traceback; then its children have as long. After that nothing
+of it may be there: no process, no temporary file. (After SIGKILL of the command a temporary folder
+may stay, until the next such command begins.) The table goes to results/kills.md. test_kills.py
+asserts the same, once each.
 """
 import json
 import os
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -79,13 +81,27 @@ def processes_of(mark):
     found = set()
     for folder in Path('/proc').glob('[0-9]*'):
         try:
-            if f'MARK={mark}'.encode() in (folder / 'environ').read_bytes().split(b'\0'):
-                state = (folder / 'stat').read_text().rpartition(')')[2].split()[0]
-                if state != 'Z':                                 # ended, and not yet waited for
-                    found.add(int(folder.name))
-        except (OSError, IndexError):
-            pass
+            environment = (folder / 'environ').read_bytes().split(b'\0')
+        except OSError:                                          # ended by now, or another user's
+            continue
+        if f'MARK={mark}'.encode() in environment and runs(int(folder.name)):
+            found.add(int(folder.name))
     return found
+
+
+def runs(pid):
+    """Whether there is a process of this number that has not ended."""
+    try:
+        status = Path(f'/proc/{pid}/stat').read_text()
+    except OSError:
+        return False
+    return status.rpartition(')')[2].split()[0] != 'Z'           # Z: ended, not yet waited for
+
+
+def send(pid, sign):
+    """Send a signal to a process that may have ended by now."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, sign)
 
 
 def wait_for(condition, seconds):
@@ -106,7 +122,7 @@ def kill_once(place, target, sign, folder):
     (folder / 'tmp').mkdir()
     mark = f'{place} {target} {sign} {random.random()}'
     words, at_work = PLACES[place](folder)
-    log = open(folder / 'log', 'w+')  # noqa: SIM115
+    log = open(folder / 'log', 'w')  # noqa: SIM115
     process = subprocess.Popen(
         [sys.executable, *map(str, words)], cwd=folder, text=True, start_new_session=True,
         stdin=subprocess.PIPE, stdout=log, stderr=log,
@@ -132,22 +148,18 @@ def kill_once(place, target, sign, folder):
         if target == 'child':
             if not own:
                 return None
-            # trials of a sweep do not need one another: it ends when all of them have
             for pid in own if place == 'lab.sweep' else own[-1:]:
-                os.kill(pid, sign)
+                send(pid, sign)
         elif target == 'parent':
-            os.kill(process.pid, sign)
+            send(process.pid, sign)
         else:
             for pid in (process.pid, *own):
-                try:
-                    os.kill(pid, sign)
-                except ProcessLookupError:
-                    pass
+                send(pid, sign)
         if not wait_for(lambda: process.poll() is not None, SECONDS):
             return f'{place} is still there after {SECONDS} s'
-        left = {*processes_of(mark), *(pid for pid in own if Path(f'/proc/{pid}').exists())}
-        if not wait_for(lambda: not any(Path(f'/proc/{pid}').exists() for pid in left), SECONDS):
-            return f'processes are left: {left}'
+        left = {*processes_of(mark), *own}
+        if not wait_for(lambda: not any(map(runs, left)), SECONDS):
+            return f'processes are left: {[pid for pid in left if runs(pid)]}'
         lines = (folder / 'log').read_text()
         if process.returncode == 0:
             return f'exit code 0: {lines[-300:]}'
@@ -160,7 +172,7 @@ def kill_once(place, target, sign, folder):
         return ''
     finally:
         for pid in processes_of(mark):
-            os.kill(pid, signal.SIGKILL)
+            send(pid, signal.SIGKILL)
         process.kill()
         process.wait()
         log.close()
@@ -186,7 +198,8 @@ def main():
                         if result:
                             print(f'{place}, {target}, {sign.name}: {n} x {result}', flush=True)
                             bad += n
-                    good = 'no child' if None in results else f'{results[""]} of {times}'
+                    tries = times - results[None]                # the others had no child by then
+                    good = f'{results[""]} of {tries}' if tries else 'no child'
                     cells.append(good)
                 rows.append((place, target, *cells))
                 print(*rows[-1], sep=' | ', flush=True)

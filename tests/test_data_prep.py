@@ -1,4 +1,5 @@
 """data_prep.py: shards hold the text, whole or not at all; batches depend on row numbers alone."""
+import errno
 import hashlib
 import json
 import os
@@ -316,7 +317,8 @@ def test_unusable_documents_are_named_or_skipped_and_counted(tmp_path, capsys, n
     (['arith', '--max_mb=-1'], 'max_mb=-1.0 should be'), (['arith', '--max_mb=nan'], 'max_mb=nan'),
     (['arith', '--on_error=no'], '--on_error'), (['arith', '--seed=x'], '--seed'),
     (['arith', '--colour=red'], '--colour'),
-    (['arith', '--val_fracton=0.1'], 'the nearest is --val_fraction'), (['arith', 'x'], ': x'),
+    (['arith', '--val_fracton=0.1'], 'the nearest is --val_fraction'),
+    (['arith', '--file=x'], 'the nearest is --'), (['arith', 'x'], ': x'),
     (['arith', '--out_dir=x.bin/out'], 'x.bin'),
     (['arith', '--out_dir=hollow'], 'hollow exists already: --overwrite replaces it'),
     (['arith', '--out_dir=hollow', '--overwrite'], 'hollow is no data set'),
@@ -720,8 +722,31 @@ def test_what_windows_leave_out_is_counted(tmp_path, T, only):
         assert bool(counts['without_target']) == only
 
 
-def test_plain_text_loses_its_last_window_alone(sets):
-    counts = sets['small'].coverage('train', 33)
-    ids, n = sets['small'].tokens['train'], sets['small'].n_windows('train', 33)
-    assert counts['never_seen'] == len(ids) - 33 * n - 1 and counts['tokens'] == len(ids)
-    assert counts['cut'] == counts['without_target'] == 0
+def test_prompts_count_for_max_mb(tmp_path):
+    records = [{'prompt': f'{i} ' * 200, 'completion': 'y'} for i in range(1000, 3000)]
+    meta = prepare(write_jsonl(tmp_path / 'x.jsonl', *records), tmp_path / 'out', V, max_mb=0.5)
+    assert 500_000 <= meta['train']['bytes'] + meta['val']['bytes'] < 502_000
+
+
+def test_an_overwrite_that_fails_leaves_the_data_set_in_its_place(tmp_path, monkeypatch):
+    meta = prepare('arith', tmp_path / 'x', V, num_docs=100)
+    rename = Path.rename
+
+    def fails(path, target):
+        if path.suffix == '.tmp':
+            raise OSError(errno.EIO, 'Input/output error')
+        return rename(path, target)
+    monkeypatch.setattr(Path, 'rename', fails)
+    with pytest.raises(OSError, match='Input/output error'):
+        prepare('arith', tmp_path / 'x', V, num_docs=200, overwrite=True)
+    assert os.listdir(tmp_path) == ['x']
+    assert json.loads((tmp_path / 'x/meta.json').read_text()) == meta
+
+
+def test_the_default_folder_has_the_name_of_the_source(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'my.corpus').mkdir()
+    (tmp_path / 'my.corpus/a.txt').write_text('one line of text\n' * 100)
+    monkeypatch.chdir(tmp_path)
+    for source, name in (('my.corpus', 'my.corpus'), ('my.corpus/a.txt', 'a')):
+        data_prep.main([source, '--vocab_size=512'])
+        assert (tmp_path / 'data' / name / 'meta.json').exists()

@@ -298,3 +298,12 @@ def test_turns_without_content_or_in_parts_are_read(tmp_path):
     found = [text_of(d) for split in SPLITS for d in documents(tmp_path / 'out', split)]
     assert sorted(found) == ['User: \n\nAssistant: no', 'User: one two\n\nAssistant: yes',
                              'User: x\n\nAssistant: one two']
+
+
+@pytest.mark.parametrize('link', ['.link', 'link', 'zlink'])
+def test_a_link_hides_no_file(tmp_path, link):
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data/a.txt').write_text('a')
+    (tmp_path / link).symlink_to('data')
+    files, passed_over = find_files(tmp_path)
+    assert [file.name for file in files] == ['a.txt'] and passed_over == []

@@ -91,6 +91,7 @@ def test_each_question_is_asked_once_and_a_calculation_in_other_words_after_the_
                  ('Ann has 1 coin and gets 1.', '1 + 1 = 2\n#### 2'),
                  ('Ben has 2 pens and gets 1.', '2 + 1 = 3\n#### 3'),
                  ('Ben has 2 pens and gets 1.', '2 + 1 = 3\n#### 3'),
+                 ('Ben has 2 pens and gets 1.', '1 + 2 = 3\n#### 3'),
                  ('', '#### 5'), ('Who?', 'Tom.'), ('Why?', '#### because')]
     pairs = [tuple(map(tokenizer.encode_ordinary, document)) for document in documents]
     data = SimpleNamespace(pairs={'val': pairs}.get)

@@ -469,7 +469,7 @@ def test_a_stopped_export_leaves_nothing(exported, tmp_path, monkeypatch, write,
         raise KeyboardInterrupt
     monkeypatch.setattr(export, fails, ctrl_c)
     with pytest.raises(KeyboardInterrupt):
-        getattr(export, write)(exported / 'run', tmp_path / 'x/new')
+        getattr(export, write)(exported / 'run', tmp_path / 'new')
     assert os.listdir(tmp_path) == []
 
 

@@ -468,6 +468,10 @@ def test_text_that_has_no_encoding_is_one_line(tiny_run, args, text, env, says):
 
 
 def test_a_full_or_closed_standard_output_is_one_line(tiny_run):
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert sample_run(tiny_run, '--max_new_tokens=5', output=writer)[0] == 0     # as of `head`
+    os.close(writer)
     with open('/dev/full', 'w') as full:
         code, error = sample_run(tiny_run, '--max_new_tokens=5', output=full)
     assert code == 2 and error == 'sample.py: standard output: No space left on device\n'

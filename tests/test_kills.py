@@ -1,5 +1,4 @@
 """kills.py: whoever is killed, nobody hangs, and nothing is left behind."""
-import signal
 import sys
 
 import kills
@@ -22,10 +21,3 @@ def folder(tmp_path_factory):
                          ids=[f'{place}-{target}-{sign.name}' for place, target, sign in CASES])
 def test_nobody_hangs_and_nothing_is_left(folder, place, target, sign):
     assert not kills.kill_once(place, target, sign, folder)
-
-
-def test_each_place_has_each_signal_and_each_target():
-    for place in kills.PLACES:
-        mine = [(target, sign) for where, target, sign in CASES if where == place]
-        assert {target for target, _ in mine} == set(kills.TARGETS)
-        assert {sign for _, sign in mine} == {signal.SIGTERM, signal.SIGINT, signal.SIGKILL}
