@@ -15,15 +15,17 @@ import copy
 import difflib
 import keyword
 import math
+import os
 import re
 import reprlib
+import shlex
 import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
 
 KNOB_TYPES = (bool, int, float, str, list, dict, tuple)
-PATH_KNOB = r'.*_dir|.*_path|.*_from|reference|checkpoint|source|target|out|png'
+PATH_KNOB = r'.*_dir|.*_path|.*_from|reference|checkpoint|batch|source|target|out|png'
 CHOICE = r"(?:'[^']*'|True|False|-?\d+(?:\.\d+)?)"
 
 
@@ -95,7 +97,10 @@ def unknown(key, known):
 def expand_home(name, value):
     """value, with the home folder for ~ if the knob `name` holds a path."""
     if isinstance(value, str) and re.fullmatch(PATH_KNOB, name):
-        return str(Path(value).expanduser()) if value[:1] == '~' else value
+        expanded = os.path.expanduser(value)
+        if expanded == value and value[:1] == '~':
+            raise ValueError(f'{value!r} begins with ~ and no user of this machine')
+        return expanded
     return value
 
 
@@ -251,4 +256,4 @@ def space_hint(flags, i, known):
         return ''
     if flags[before][2:].split('.')[0] not in known:
         return ''
-    return f'; without a space: {flags[before]}={flags[after]}'
+    return f'; without a space: {flags[before]}={shlex.quote(flags[after])}'

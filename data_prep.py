@@ -30,7 +30,7 @@ import sys
 import sysconfig
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +127,8 @@ def files_of(source, site_packages):
 
 def refuse_what_is_mostly_not_read(source, files, passed_over):
     """ValueError where most bytes of a source are in files that are passed over."""
-    read, not_read = (sum(file.stat().st_size for file in some) for some in (files, passed_over))
+    read = sum(file.stat().st_size for file in files)
+    not_read = sum(file.stat().st_size for file in passed_over if file.exists())
     if not_read > read:
         raise ValueError(f'{source}: {not_read / (read + not_read):.0%} of its bytes are in files '
                          f'that are not read ({count_suffixes(passed_over)}), only '
@@ -146,7 +147,9 @@ def prepare(source, out_dir, vocab_size=16_384, val_fraction=0.05, on_error='rai
         raise ValueError(f'val_fraction={val_fraction} should lie between 0 and 1')
     if not 0 <= max_mb < math.inf:
         raise ValueError(f'max_mb={max_mb} should be 0 or more')
-    source, out, skipped = str(source), Path(out_dir).expanduser(), Counter()
+    if source == 'arith' and num_docs < 1:
+        raise ValueError(f'num_docs={num_docs} should be at least 1')
+    source, out, skipped = str(source), Path(os.path.expanduser(out_dir)), Counter()
     if out.exists() and not overwrite:
         raise ValueError(f'{out} exists already: --overwrite replaces it')
     if out.exists() and not (out / 'meta.json').exists():
@@ -162,7 +165,7 @@ def prepare(source, out_dir, vocab_size=16_384, val_fraction=0.05, on_error='rai
     meta = {'tokenizer': 'deepseek-v3', 'tokenizer_sha256': SHA256, 'vocab_size': vocab_size,
             'dtype': token_dtype(vocab_size).__name__, 'sft': False, 'sources': [source],
             'python': sys.version.split()[0], 'val_fraction': val_fraction, 'max_mb': max_mb,
-            'seed': seed, 'skipped': skipped}
+            'seed': seed, 'on_error': on_error, 'skipped': skipped}
     if source == 'arith':
         meta['num_docs'] = num_docs
         documents, size = arith(num_docs, seed), None
@@ -182,8 +185,10 @@ def prepare(source, out_dir, vocab_size=16_384, val_fraction=0.05, on_error='rai
         documents = first_bytes(documents, size)
     documents = divide(documents, val_fraction, seed, source)
     with temporary_folder(out.parent, out.name) as temporary:
-        with tqdm(total=size, unit='B', unit_scale=True, disable=None) as bar:
-            write_shards(temporary, meta, encode_all(documents, vocab_size), bar)
+        # closing: after an error one of its threads might throw it away, and cannot wait for itself
+        with tqdm(total=size, unit='B', unit_scale=True, disable=None) as bar, \
+                closing(encode_all(documents, vocab_size)) as encoded:
+            write_shards(temporary, meta, encoded, bar)
         (temporary / 'meta.json').write_text(json.dumps(meta, indent=1) + '\n')
         move_into_place(temporary, out, overwrite)
     return meta
@@ -209,6 +214,8 @@ def write_shards(folder, meta, encoded, bar):
             meta[split]['bytes'] += n_bytes
             bar.update(n_bytes)
     for split in SPLITS:
+        if not meta[split]['tokens']:
+            raise ValueError(f'val_fraction={meta["val_fraction"]} leaves nothing for {split}')
         meta[split]['sha256'] = meta[split]['sha256'].hexdigest()
         if not meta['sft']:
             (folder / f'{split}_mask.bin').unlink()
@@ -225,7 +232,7 @@ def source_args(sources, name):
     source = sources.get(name, '')
     if isinstance(source, str):
         for path, dashes, flags in ((source, '', ''), source.partition(' --')):
-            if path and Path(path).expanduser().exists():
+            if path and os.path.exists(os.path.expanduser(path)):
                 source = shlex.quote(path) + dashes + flags
                 break
         with suppress(ValueError):                             # a quote that does not close
@@ -240,6 +247,11 @@ def making(folder, vocab_size, args=('SOURCE',)):
             f'--vocab_size={vocab_size}')
 
 
+def real_path(path):
+    """The one way to write a path: without ~, links and dots."""
+    return os.path.realpath(os.path.expanduser(path))
+
+
 def what_changed(meta, args):
     """The first thing in which a data set differs from what data_prep.py would make of the list
     args now, as text to follow 'was made from'; '' if there is none.
@@ -249,18 +261,21 @@ def what_changed(meta, args):
     """
     wanted = vars(make_parser().parse_args(args))
     source, made_from = wanted['source'], meta['sources'][0]
-    if source != made_from:
+    if real_path(source) != real_path(made_from):
         return f'{made_from!r}, not {source!r}'
     for key in ('val_fraction', 'max_mb', 'seed', 'num_docs', 'site_packages', 'separator'):
         if key in meta and meta[key] != wanted[key]:
             return f'{source} with {key}={meta[key]!r}, not {wanted[key]!r}'
     if 'files' not in meta:
         return ''
+    passed_over = meta.get('skipped') or meta.get('passed_over')
+    if passed_over and meta.get('on_error', 'raise') != wanted['on_error']:
+        return f'{source} with on_error={meta["on_error"]!r}, not {wanted["on_error"]!r}'
     if source == 'stdlib':
         now = sys.version.split()[0]
         if now != meta['python']:
             return f"Python {meta['python']}'s library, not that of {now}"
-    elif Path(source).expanduser().exists():                   # else it cannot be compared
+    elif os.path.exists(os.path.expanduser(source)):                   # else it cannot be compared
         now = fingerprint(files_of(source, wanted['site_packages'])[0])
         if now != meta['files']:
             then = meta['files']
@@ -315,7 +330,7 @@ def make_parser():
     """The argparse parser of the arguments of prepare."""
     parser = argparse.ArgumentParser(
         description=__doc__, usage='python data_prep.py [SOURCE] [--OPTION=VALUE ...]',
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda message: error(message + nearest_option(message, parser))
     add = parser.add_argument
     add('source', nargs='?', default='stdlib', help="file, folder, 'stdlib' (default) or 'arith'")
@@ -345,21 +360,22 @@ def report(meta, out_dir):
         print(f'skipped {n:,}: {why}')
     if meta.get('passed_over'):
         print(f'passed over, as they are not read: {meta["passed_over"]}')
-    if meta['endoftext'] >= 10:
+    if meta['endoftext'] >= 10 and not meta.get('separator'):
         print(f'the text has {meta["endoftext"]:,} times <|endoftext|>: --separator='
               "'<|endoftext|>' takes what stands between them as documents")
     wanted = meta['val_fraction']
     share = meta['val']['bytes'] / (meta['train']['bytes'] + meta['val']['bytes'])
     if not wanted / 2 <= share <= 2 * wanted:
-        print(f'{out_dir} holds out {share:.1%} of the text, not val_fraction={wanted:.1%}: '
-              f'{meta["train"]["documents"] + meta["val"]["documents"]:,} documents cannot be '
-              'divided so; more or shorter ones can')
+        n = meta['train']['documents'] + meta['val']['documents']
+        print(f'{out_dir} holds out {share:.1%} of the text, not val_fraction={wanted:.1%}: of '
+              f'{n:,} documents, chance decides which; another --seed, or more and shorter ones, '
+              'can come nearer')
 
 
 def main(argv=None):
     args = vars(make_parser().parse_args(argv))
     if not args['out_dir']:
-        source = Path(args['source']).expanduser().resolve()
+        source = Path(real_path(args['source']))
         args['out_dir'] = Path('data', source.name if source.is_dir() else source.stem)
     try:
         with signals_as_ctrl_c():

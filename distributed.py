@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 
 import torch
@@ -84,12 +84,13 @@ def world_size():
     text = os.environ.get('WORLD_SIZE', '')
     if text in ('', '1'):
         return 1
-    missing = [name for name in ('RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
-               if not os.environ.get(name)]
-    if not text.isdecimal() or missing:
-        fail(f'WORLD_SIZE={text!r} is set in the environment'
-             + (f' without {", ".join(missing)}' if missing else '')
-             + ': torchrun sets all of them; without ranks, unset WORLD_SIZE')
+    values = {name: os.environ.get(name, '')
+              for name in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_PORT', 'MASTER_ADDR')}
+    wrong = [name for name, value in values.items()
+             if not value or (name != 'MASTER_ADDR' and not value.isdecimal())]
+    if wrong or text == '0':
+        fail(f'WORLD_SIZE={text!r} is set in the environment, where {", ".join(wrong or ["it"])} '
+             'should be numbers that torchrun sets; without ranks, unset WORLD_SIZE')
     return int(text)
 
 
@@ -152,8 +153,9 @@ def signs_of_life_from_rank_0():
     finished = threading.Event()
 
     def give_signs():
-        while not finished.wait(PATIENCE / 30):
-            store.add(sign, 1)
+        with suppress(RuntimeError):                             # told below
+            while not finished.wait(PATIENCE / 30):
+                store.add(sign, 1)
 
     thread = threading.Thread(target=give_signs, daemon=True)
     thread.start()
@@ -162,7 +164,10 @@ def signs_of_life_from_rank_0():
     finally:
         finished.set()
         thread.join()
-        store.set(end, '')
+        try:
+            store.set(end, '')
+        except RuntimeError:
+            fail('torchrun, which started the ranks, is gone')
 
 
 def sum_over_ranks(numbers, device):

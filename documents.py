@@ -48,19 +48,27 @@ def is_left_out(name):
     return name.startswith('.') or name in ('site-packages', 'dist-packages')
 
 
+def refuse_folder(error):
+    """For os.walk, which else passes over a folder that may not be read."""
+    raise error
+
+
 def find_files(source):
-    """(files of a source, sorted by path; files that are passed over for their suffix).
+    """(files of a source, sorted by path; files that are passed over for their suffix, and links
+    to none).
 
     Hidden ones and installed packages are in neither. Links to folders are followed, once each.
     """
-    root = Path(sysconfig.get_path('stdlib') if source == 'stdlib' else source).expanduser()
+    if source == 'stdlib':
+        source = sysconfig.get_path('stdlib')
+    root = Path(os.path.expanduser(source))
     if root.is_file() and root.suffix.lower() in SUFFIXES:
         return [root], []
     if not root.is_dir():
         raise ValueError(f"{source}: should be 'stdlib', 'arith', a folder, or a file ending in "
                          + ' '.join(SUFFIXES))
     files, passed_over, seen = [], [], set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+    for folder, subfolders, names in os.walk(root, onerror=refuse_folder, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             subfolders.clear()
@@ -69,9 +77,9 @@ def find_files(source):
         subfolders[:] = [name for name in subfolders if not is_left_out(name)]
         for name in names:
             path = Path(folder, name)
-            if is_left_out(name) or not path.is_file():
+            if is_left_out(name) or not (path.is_file() or path.is_symlink()):
                 continue
-            if path.suffix.lower() in SUFFIXES:
+            if path.exists() and path.suffix.lower() in SUFFIXES:
                 files.append(path)
             else:
                 passed_over.append(path)
@@ -79,8 +87,11 @@ def find_files(source):
 
 
 def count_suffixes(files):
-    """'3 .gz, 1 .bin': how many files there are of each suffix."""
-    counts = Counter(path.suffix.lower() or 'without a suffix' for path in files)
+    """'3 .gz, 1 .bin': how many files there are of each suffix, or links to files that are gone."""
+    counts = Counter()
+    for path in files:
+        kind = path.suffix.lower() or 'without a suffix'
+        counts[kind if path.exists() else 'links to nothing'] += 1
     most_first = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return ', '.join(f'{n:,} {suffix}' for suffix, n in most_first)
 
@@ -125,13 +136,15 @@ def parse_line(content):
                 raise TypeError
         document = Document(text, prompt)
         document.whole().encode()                              # JSON can escape a lone surrogate
-    except UnicodeError:
+    except UnicodeDecodeError:
         raise ValueError('not UTF-8') from None
+    except UnicodeEncodeError:
+        raise ValueError('has a lone surrogate, half a character') from None
     except (json.JSONDecodeError, RecursionError):
         raise ValueError('not JSON') from None
     except (TypeError, KeyError, AttributeError):
         raise ValueError('should be an object with "text", with "prompt" and "completion", or with '
-                         '"messages" that end with the assistant; all strings') from None
+                         '"messages" that end with the assistant, of text') from None
     if not text.strip():
         raise ValueError('empty')
     return document._replace(key=document.whole())
@@ -168,7 +181,8 @@ def count_characters(file):
 
 
 def read_text(file, separator, val_fraction, most_chars):
-    """Yield the documents of a text file: one, or those between the separators.
+    """Yield the documents of a text file: one, or those between the separators. Return how many
+    separators there were.
 
     A long one is never in memory as a whole, and comes in parts that have their split. Its first
     most_chars characters are all that is taken: the cut depends on how much that is.
@@ -176,10 +190,12 @@ def read_text(file, separator, val_fraction, most_chars):
     n_chars = count_characters(file)
     with open_text(file) as f:
         if separator:
-            for text in split_at(separator, blocks(f, n_chars)):
+            n_separators = 0
+            for n_separators, text in enumerate(split_at(separator, blocks(f, n_chars))):
                 if text.strip():
                     yield from in_two_if_long(Document(text, key=text), val_fraction)
-        elif n_chars <= LONG:
+            return n_separators
+        if n_chars <= LONG:
             text = f.read()
             yield Document(text, key=text)
         else:
@@ -191,6 +207,7 @@ def read_text(file, separator, val_fraction, most_chars):
             f.seek(0)
             yield from in_parts(blocks(f, cut), 'train')
             yield from in_parts(blocks(f, n_chars - cut), 'val')
+    return 0
 
 
 def split_at(separator, texts):
@@ -205,12 +222,13 @@ def split_at(separator, texts):
 def read_documents(files, separator, val_fraction, most_chars, unusable):
     """Yield the documents of files; unusable(where, why) is told of what is none.
 
-    Blank lines of .jsonl are passed over.
+    Blank lines of .jsonl are passed over. ValueError where no file has the separator.
     """
+    n_separators = 0
     for file in files:
         if file.suffix.lower() != '.jsonl':
             try:
-                yield from read_text(file, separator, val_fraction, most_chars)
+                n_separators += yield from read_text(file, separator, val_fraction, most_chars)
             except ValueError as e:
                 unusable(file, str(e))
             continue
@@ -224,6 +242,9 @@ def read_documents(files, separator, val_fraction, most_chars, unusable):
                     unusable(f'{file}:{n}', str(e))
                 else:
                     yield from in_two_if_long(document, val_fraction)
+    if separator and not n_separators:
+        raise ValueError(f'separator={separator!r} occurs in no text file (lines may end in '
+                         '\\r\\n)')
 
 
 PEOPLE = (('Tom', 'He'), ('Ben', 'He'), ('Ann', 'She'))
@@ -397,7 +418,8 @@ def divide_few(documents, val_fraction, by_hash, source):
             held_out.add(key)
             missing -= whole[key]
     if len(whole) == 1 and not any(document.split for document in divided):
-        return cut_at_a_line(divided[0], val_fraction, source)
+        return [part for document in divided                     # all have one text
+                for part in cut_at_a_line(document, val_fraction, source)]
     if not held_out and not any(document.split == 'val' for document in divided):
         held_out.add(min(whole, key=by_hash))
     splits = {key: 'val' if key in held_out else 'train' for key in whole}

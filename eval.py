@@ -145,13 +145,14 @@ def solve_problems(model, dataset, tokenizer):
 
 
 ANSWER = re.compile(r"""
-    \#\#\#\#[ ]*
-    (?P<sign>[-+−]?)[ ]*
-    [^\d\s.+−-]{0,3}[ ]*                        # a unit: $, €, US$
-    (?P<sign_after_unit>[-+−]?)
-    (?P<number>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)
-    (?:/(?P<below>\d+))?                        # a fraction
-    (?![.,]?\d|[ ]\d+/|[ ]*/)                   # not 1,23 or 1 1/2, which could be read in two ways
+    \#\#\#\#[ \t]*
+    (?P<sign>[-+−–]?)[ ]*
+    [^\d\s.+−–√-]{0,3}[ ]*                      # a unit: $, €, US$
+    (?P<sign_after_unit>[-+−–]?)
+    (?P<number>(?:[1-9]\d{0,2}(?:,\d{3})+|\d{1,99})(?:\.\d{1,99})?|\.\d{1,99})
+    (?:/(?P<below>\d{1,99}))?                   # a fraction
+    # not what could be read in two ways: 1,23 1 1/2 1 000 1_000 1½ 1e3 2^3 10:30 3-4 1/-2
+    (?! [.,']?\d | [^\S\n]\d | [½¼¾] | [eE][-+]?\d | [ ]*[-–+*x×^:_][ ]*\d | [ ]*/)
     """, re.VERBOSE)
 
 
@@ -165,7 +166,7 @@ def answer(text):
         return None
     number = Fraction(match['number'].replace(',', '')) / int(match['below'] or 1)
     signs = match['sign'] + match['sign_after_unit']
-    return -number if '-' in signs or '−' in signs else number
+    return -number if set(signs) & set('-−–') else number
 
 
 def data_sets_to_score(about):
@@ -206,6 +207,11 @@ def score_held_out(model, about, table):
     names = data_sets_to_score(about)
     folder = data_dir or about['knobs']['data_dir']
     data = open_data(folder, names, model.config.vocab_size)
+    trained_on = about['knobs'].get('data', {})
+    for name in names:
+        if data[name].meta['train']['sha256'] != trained_on.get(name):
+            print(f'eval.py: {folder}/{name} is not what {about["path"]} was trained on: what it '
+                  'holds out may have been', file=sys.stderr)
     losses = {}
     with torch.no_grad():
         for name in names:
@@ -243,6 +249,9 @@ def run_lm_eval():
     except (ValueError, TypeError, OSError) as e:                  # no hub, say
         sys.argv[0] = script                                       # which fail names
         fail(e)
+    except KeyboardInterrupt:
+        sys.argv[0] = script
+        fail('stopped', STOPPED)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -488,7 +497,7 @@ def main():
 
 
 if __name__ == '__main__':
-    if sys.argv[1:2] == ['lm_eval']:
+    if sys.argv[1:2] in (['lm_eval'], ['lm-eval']):
         run_lm_eval()
         sys.exit()
     configure(globals(), positional=['checkpoint'])
@@ -496,4 +505,4 @@ if __name__ == '__main__':
         with signals_as_ctrl_c():
             main()
     except KeyboardInterrupt:
-        fail('stopped; --resume keeps the scores of finished tasks', STOPPED)
+        fail('stopped; with --tasks, --resume keeps the scores of finished ones', STOPPED)

@@ -188,20 +188,23 @@ class Dataset:
                              f'{len(self.tokens[split])} tokens')
         return n
 
-    def coverage(self, split, T, completion_only=False):
-        """What windows of T tokens leave out of a split of SFT data, as a dict of counts: of
-        'documents' how many are 'cut', of 'tokens' how many are 'never_seen', of 'windows' how many
-        have no loss, 'without_target'."""
+    def coverage(self, split, T):
+        """What windows of T tokens leave out of a split, as a dict of counts: of 'documents' how
+        many are 'cut', of 'tokens' how many are 'never_seen', of 'windows' how many reach no
+        completion, 'without_completion'. Plain text has but tokens that are never seen, at its end.
+        """
         starts, stops = map(np.asarray, self.spans(split, T))
         tokens = len(self.tokens[split])
-        left_out = np.append(starts[1:], tokens) - stops               # behind each window, tokens
-        counts = {'documents': self.meta[split]['documents'], 'cut': int((left_out > 0).sum()),
-                  'tokens': tokens, 'never_seen': int(left_out.sum()),
-                  'windows': len(starts), 'without_target': 0}
-        if completion_only:
-            in_completions = np.append(0, np.cumsum(self.masks[split], dtype=np.int64))
-            targets = in_completions[stops] - in_completions[starts + 1]
-            counts['without_target'] = int((targets == 0).sum())
+        left_out = (np.append(starts[1:], tokens) - stops).clip(0)        # tokens after each window
+        counts = {'documents': self.meta[split]['documents'], 'cut': 0, 'tokens': tokens,
+                  'never_seen': int(left_out.sum()), 'windows': len(starts),
+                  'without_completion': 0}
+        if self.masks:
+            edges = np.stack([starts + 1, stops], axis=1).flatten()     # of each window's targets
+            edges = edges[edges < tokens]                              # the last may be the end
+            reached = np.add.reduceat(self.masks[split], edges, dtype=np.int64)[::2]
+            counts['without_completion'] = int((reached == 0).sum())
+            counts['cut'] = int((left_out > 0).sum())
         return counts
 
     def pairs(self, split):

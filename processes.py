@@ -20,17 +20,28 @@ STOPPED = 130                                                    # exit code at 
 
 @contextmanager
 def signals_as_ctrl_c():
-    """Let SIGTERM and SIGHUP raise KeyboardInterrupt, so that what is half-written is removed."""
-    before = {}
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt, so that what is half-written is removed.
+
+    Those that come after the first one are ignored, or they would interrupt that.
+    """
+    before, came = {}, []
+
+    def stop(number, frame):
+        came.append(number)
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
     if threading.current_thread() is threading.main_thread():    # only it may set handlers
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:       # as nohup sets SIGHUP
-                before[number] = signal.signal(number, signal.default_int_handler)
+                before[number] = signal.signal(number, stop)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if not came:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def is_alive(pid):

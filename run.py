@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import statistics
@@ -167,6 +168,7 @@ class Signals:
     """SIGTERM, Ctrl-C and SIGHUP ask a run to end after one more checkpoint."""
     def __init__(self):
         self.received = []                                       # [(number, time)]
+        self.parent = os.getppid()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             under_nohup = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
             if not under_nohup:
@@ -179,6 +181,12 @@ class Signals:
                 time.monotonic() - self.received[0][1] > 1:
             raise KeyboardInterrupt
         self.received.append((number, time.monotonic()))
+
+    def count(self):
+        """How many have come. That torchrun was killed, which started the ranks, counts as one."""
+        if ranks()[1] > 1 and os.getppid() != self.parent:
+            self.received.append((signal.SIGTERM, time.monotonic()))
+        return len(self.received)
 
     def first(self):
         """The signal that came first; SIGTERM where only another rank has got one."""
@@ -477,7 +485,8 @@ def end_of_run(knobs, files, watch, signals, state, total):
                        '--resume goes on')
         sys.exit(128 + number)
     if not files.off:
-        print_once(f'done: {checkpoints(files.folder)[-1]}; python sample.py {files.folder} '
+        folder = shlex.quote(str(files.folder))
+        print_once(f'done: {checkpoints(files.folder)[-1]}; python sample.py {folder} '
                    '--prompt="def fib(n):"')
 
 

@@ -64,6 +64,8 @@ def parse_prompt(line):
     match entry:
         case {'prompt': str(text)} if text:
             return text, entry
+        case {'messages': [*turns, {'role': 'assistant'}]} if turns:
+            return chat_prompt(turns), entry               # the answer to it is the model's
         case {'messages': [*turns]} if turns:
             return chat_prompt(turns), entry
         case _:

@@ -28,7 +28,7 @@ from checkpoint import (
     read_log,
     take_folder,
 )
-from configurator import check_range, fail
+from configurator import check_range, fail, unknown
 from data_prep import prepare_missing
 from distributed import load_state, print_once, rank_0_first, ranks
 from documents import SPLITS
@@ -114,6 +114,9 @@ def check_knobs(knobs, world):
     Their phases are those that complete_phases has left.
     """
     values = vars(knobs)
+    for name in ('out_dir', 'data_dir'):
+        if not values[name]:
+            fail(f'{name} is empty, and should be a folder')
     check_range(values, 1, 2**63, 'log_interval', 'eval_interval', 'eval_rows',
                 'checkpoint_interval', 'micro_batch_tokens')
     check_range(values, 1, 2**16, 'fp8_amax_history_len')
@@ -259,6 +262,7 @@ def find_start(knobs, given, defaults, existing, path=''):
         except ValueError as e:
             advice = older_checkpoint(existing, config, replay) if knobs.resume else ''
             fail(f'{e}{advice}')
+    refuse_sources_of_no_phase(knobs.sources, given['phases'])
     data = data_of_run(knobs, resuming)
     given['data'] = {name: dataset.meta['train']['sha256'] for name, dataset in data.items()}
     state = state_of(checkpoint, knobs, resuming)
@@ -307,6 +311,15 @@ def older_checkpoint(existing, config, replay):
     return ''
 
 
+def refuse_sources_of_no_phase(sources, phases):
+    """End the program where a data set that sources names is in no phase's mixture."""
+    used = list(dict.fromkeys(name for phase in phases for name in phase['data']))
+    for name in sources:
+        if name not in used:
+            fail(f'sources.{name}: {unknown(name, used)}; a phase takes another data set by '
+                 f'--phases.{phases[-1]["name"]}.data.{name}=WEIGHT')
+
+
 def data_of_run(knobs, resuming):
     """{name: Dataset} of all phases. Rank 0 makes those that are missing and checks their ids and,
     for a new run, that they are what its sources make: one that resumes goes by their sha256."""
@@ -325,42 +338,39 @@ def data_of_run(knobs, resuming):
                 data[name].n_windows(split, phase['block_size'])
     except ValueError as e:
         fail(e)
-    if rank == 0 and knobs.completion_only:                      # else each window has targets
+    if rank == 0:                                                # it reads all masks
         for phase in knobs.phases:
-            refuse_without_targets(phase, data)
+            refuse_without_completions(phase, data)
     return data
 
 
-def refuse_without_targets(phase, data):
-    """End the program where a phase has a data set whose windows reach no completion."""
+def refuse_without_completions(phase, data):
+    """End the program where a phase has an SFT data set whose windows reach no completion."""
     T = phase['block_size']
     for name, split in itertools.product(phase['data'], SPLITS):
-        if not data[name].masks:                                 # plain text: all are targets
+        if not data[name].masks:
             continue
-        counts = data[name].coverage(split, T, completion_only=True)
-        if counts['without_target'] == counts['windows']:
-            fail(f'phase {phase["name"]!r}: with completion_only no window of {T} tokens of '
-                 f"{name}'s {split} split reaches a completion, as its prompts are longer: "
-                 f'--phases.{phase["name"]}.block_size={2 * T}, or --completion_only=False')
+        counts = data[name].coverage(split, T)
+        if counts['without_completion'] == counts['windows']:
+            shortest = min(len(prompt) for prompt, _ in data[name].pairs(split))
+            fail(f'phase {phase["name"]!r}: no window of {T} tokens of {name}\'s {split} split '
+                 f'reaches a completion, as its prompts have {shortest} and more: '
+                 f'--phases.{phase["name"]}.block_size={2 ** shortest.bit_length()}')
 
 
 def print_coverage(knobs, data):
-    """Print what the windows of each phase leave out of each SFT data set. (Plain text loses only
-    the tokens after its last whole window.)"""
-    rows = []
+    """Print what the windows of each phase leave out of each data set."""
+    print_once(f'{"data":12} {"phase":9} {"window":>7} {"documents cut":>20} '
+               f'{"tokens never seen":>18} {"windows without completion":>26}')
     for phase in knobs.phases:
         for name in phase['data']:
+            n = data[name].coverage('train', phase['block_size'])
+            cut = without = 'plain text'
             if data[name].masks:
-                counts = data[name].coverage('train', phase['block_size'], knobs.completion_only)
-                rows.append((name, phase, counts))
-    if rows:
-        print_once(f'{"SFT data":12} {"phase":9} {"window":>7} {"documents cut":>20} '
-                   f'{"tokens never seen":>18} {"windows without target":>23}')
-    for name, phase, n in rows:
-        cut = f'{n["cut"]:,} of {n["documents"]:,}'
-        without = f'{n["without_target"]:,} of {n["windows"]:,}'
-        print_once(f'{name:12} {phase["name"]:9} {phase["block_size"]:7} {cut:>20} '
-                   f'{n["never_seen"] / n["tokens"]:18.1%} {without:>23}')
+                cut = f'{n["cut"]:,} of {n["documents"]:,}'
+                without = f'{n["without_completion"]:,} of {n["windows"]:,}'
+            print_once(f'{name:12} {phase["name"]:9} {phase["block_size"]:7} {cut:>20} '
+                       f'{n["never_seen"] / n["tokens"]:18.1%} {without:>26}')
 
 
 def state_of(checkpoint, knobs, resuming):

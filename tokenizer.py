@@ -61,7 +61,10 @@ CHAT_TEMPLATE = (                        # chat_prompt in Jinja, for transformer
 
 
 def text_of_turn(content):
-    """The text of a turn's content: a string, None, or a list of {'type': 'text', 'text': ...}."""
+    """The text of a turn's content: a string, None, or a list of {'type': 'text', 'text': ...}.
+
+    Parts of other types, such as images, are left out, as the chat templates of text models do.
+    """
     if content is None:
         return ''
     if isinstance(content, list):

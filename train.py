@@ -302,7 +302,7 @@ def main(knobs, given, defaults):
         files.heartbeat(step)
         end_if_hung(2 * hang_seconds)                            # one that hangs above ends first
         targets = sum(count_targets(y) for _, y in micro_batches)
-        n_targets, n_signals = sum_over_ranks([float(targets), float(len(signals.received))],
+        n_targets, n_signals = sum_over_ranks([float(targets), float(signals.count())],
                                               device)
         if n_signals:                                            # some rank is told to end
             break

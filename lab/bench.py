@@ -630,16 +630,16 @@ def main():
 
 
 if __name__ == '__main__':
-    if '--plan' in sys.argv:
-        plan.main([arg for arg in sys.argv[1:] if arg != '--plan'])
-        sys.exit()
     if {'--fp8', '--fp8=True', '--fp8=true'} & set(sys.argv):              # other defaults
         shape = {key: value for key, value in vars(XmodelConfig()).items() if key in globals()}
         globals().update(shape, batch_size=4, block_size=3712, full_vocab_size=0,
                          variants='ours-compiled,fp8-compiled,dynamic-compiled')
-    configure(globals())
     try:
         with signals_as_ctrl_c():
-            main()
+            if '--plan' in sys.argv:
+                plan.main([arg for arg in sys.argv[1:] if arg != '--plan'])
+            else:
+                configure(globals())
+                main()
     except KeyboardInterrupt:
         fail('stopped', STOPPED)

@@ -40,6 +40,7 @@ from lab.roofline import (
 )
 from model import Xmodel, XmodelConfig
 from muon import assign_owners, make_optimizers, newton_schulz_flops
+from processes import STOPPED
 from start import check_knobs, complete_phases, model_config, rows_of_a_micro_batch
 
 gpus = 8
@@ -551,4 +552,7 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        fail('stopped', STOPPED)

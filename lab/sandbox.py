@@ -57,7 +57,9 @@ def in_folder(words, folder):
 
 def works(words):
     """Whether a program that does nothing runs with these words before it."""
-    with tempfile.TemporaryDirectory() as folder, suppress(OSError):
+    from processes import temporary_folder  # to which -I gives no path
+    with temporary_folder(tempfile.gettempdir(), 'nano-xmodel-wrapper') as folder, \
+            suppress(OSError):
         command = [*in_folder(words, folder), sys.executable, '-c', '']
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
     return False
@@ -157,4 +159,5 @@ if __name__ == '__main__':
         with signals_as_ctrl_c():
             sys.exit(0 if passes(sys.stdin.read()) else 1)
     except KeyboardInterrupt:
+        print('sandbox.py: stopped', file=sys.stderr)
         sys.exit(STOPPED)

@@ -283,6 +283,8 @@ def test_the_home_folder_in_paths_and_nowhere_else(tmp_path, monkeypatch):
         'out_dir': '/home/me/x', 'include_path': '/home/me/tasks', 'init_from': 'x/~',
         'prompt': '~/x', 'sources': {'a': '~/x'}}
     assert knobs_after('~', positional=['out_dir'])['out_dir'] == '/home/me'
+    with pytest.raises(SystemExit):
+        knobs_after('--out_dir=~nobody-of-this-name/x')
 
 
 @pytest.mark.parametrize('flag, hint', [

@@ -286,7 +286,8 @@ BAD = {
     'c.jsonl': (b'{"content": "x"}', 'c.jsonl:1: should be an object with "text"'),
     'd.jsonl': (b'{"text": 3}', 'd.jsonl:1: should be'), 'e.jsonl': (b'{"text": ""}', ':1: empty'),
     'f.jsonl': (b'{"prompt": "x"}', ':1: should be'), 'g.jsonl': (b'"\xff"', ':1: not UTF-8'),
-    'h.jsonl': (b'{"text": "\\ud800"}', ':1: not UTF-8'), 'i.jsonl': (b'[' * 99999, ':1: not JSON'),
+    'h.jsonl': (b'{"text": "\\ud800"}', ':1: has a lone'),
+    'i.jsonl': (b'[' * 99999, ':1: not JSON'),
     'j.jsonl': (b'{"messages": [{"role": "user", "content": "x"}]}', ':1: should be'),
     'k.jsonl': (b'{"messages": ["x", {"role": "assistant", "content": "x"}]}', ':1: should be'),
     'l.jsonl': (b'{"messages": [{"role": 1}, {"role": "assistant", "content": ""}]}', 'should be'),
@@ -311,14 +312,16 @@ def test_unusable_documents_are_named_or_skipped_and_counted(tmp_path, capsys, n
     (['nowhere'], "nowhere: should be 'stdlib', 'arith', a folder, or a file ending in .txt"),
     (['x.bin'], 'x.bin: should be'), (['hollow'], 'hollow: no documents'),
     (['one.txt'], 'one.txt: one SFT document, or one line'),
-    (['arith', '--num_docs=0'], 'no documents'),
+    (['arith', '--num_docs=0'], 'num_docs=0 should be at least 1'),
     (['arith', '--num_docs=1'], 'one SFT document'), (['arith', '--vocab_size=9'], 'vocab_size=9'),
     (['arith', '--val_fraction=1'], 'val_fraction=1.0 should lie between 0 and 1'),
+    (['long.txt', '--val_fraction=0.99999999'], 'leaves nothing for train'),
     (['arith', '--max_mb=-1'], 'max_mb=-1.0 should be'), (['arith', '--max_mb=nan'], 'max_mb=nan'),
     (['arith', '--on_error=no'], '--on_error'), (['arith', '--seed=x'], '--seed'),
     (['arith', '--colour=red'], '--colour'),
     (['arith', '--val_fracton=0.1'], 'the nearest is --val_fraction'),
     (['arith', '--file=x'], 'the nearest is --'), (['arith', 'x'], ': x'),
+    (['arith', '--num=9'], 'the nearest is --num_docs'),
     (['arith', '--out_dir=x.bin/out'], 'x.bin'),
     (['arith', '--out_dir=hollow'], 'hollow exists already: --overwrite replaces it'),
     (['arith', '--out_dir=hollow', '--overwrite'], 'hollow is no data set'),
@@ -327,6 +330,7 @@ def test_mistakes_on_the_command_line(tmp_path, monkeypatch, capsys, args, messa
     (tmp_path / 'hollow').mkdir()
     (tmp_path / 'x.bin').write_text('x')
     (tmp_path / 'one.txt').write_text('one line')
+    (tmp_path / 'long.txt').write_text('x' * 2000)
     before = sorted(tmp_path.rglob('*'))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'argv', ['data_prep.py', *args])
@@ -700,16 +704,15 @@ def test_plain_text_after_sft_documents_is_a_completion_throughout(tmp_path):
 
 
 @pytest.mark.parametrize('T', [16, 40, 64, 512])
-@pytest.mark.parametrize('only', [False, True])
-def test_what_windows_leave_out_is_counted(tmp_path, T, only):
+def test_what_windows_leave_out_is_counted(tmp_path, T):
     records = [{'prompt': 'x' * (3 * (i % 40)), 'completion': 'y' * (i % 7 + 1)}
                for i in range(400)] + [{'text': 'plain ' * 30}] * 3
     prepare(write_jsonl(tmp_path / 'x.jsonl', *records), tmp_path / 'out', V)
     data = open_data(tmp_path, ['out'], V)['out']
     for split in ('train', 'val'):
         n = data.n_windows(split, T)
-        _, y = get_windows(data, split, range(n), T, only)
-        counts = data.coverage(split, T, only)
+        _, y = get_windows(data, split, range(n), T, completion_only=True)
+        counts = data.coverage(split, T)
         sizes = [len(prompt) + len(text) for prompt, text in data.pairs(split)]
         # by what comes out: of a window with n targets its T inputs and the last target are seen
         all_y = get_windows(data, split, range(n), T)[1]
@@ -717,9 +720,15 @@ def test_what_windows_leave_out_is_counted(tmp_path, T, only):
         assert counts['cut'] == sum(size > T + 1 for size in sizes)
         assert (counts['documents'], counts['tokens']) == (len(sizes), sum(sizes))
         assert counts['windows'] == n
-        assert counts['without_target'] == int((y < 0).all(dim=1).sum())
-    if T == 16:
-        assert bool(counts['without_target']) == only
+        assert counts['without_completion'] == int((y < 0).all(dim=1).sum())
+        assert counts['without_completion'] or T > 40
+
+
+def test_plain_text_loses_its_last_window_alone(sets):
+    counts = sets['small'].coverage('train', 33)
+    ids, n = sets['small'].tokens['train'], sets['small'].n_windows('train', 33)
+    assert counts['never_seen'] == len(ids) - 33 * n - 1 and counts['tokens'] == len(ids)
+    assert counts['cut'] == counts['without_completion'] == 0
 
 
 def test_prompts_count_for_max_mb(tmp_path):

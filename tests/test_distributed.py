@@ -27,8 +27,10 @@ TORCHRUNS = {'RANK': '0', 'LOCAL_RANK': '0', 'MASTER_ADDR': 'x', 'MASTER_PORT': 
 @pytest.mark.parametrize('env, size', [
     ({}, 1), ({'WORLD_SIZE': ''}, 1), ({'WORLD_SIZE': '1'}, 1),
     (TORCHRUNS | {'WORLD_SIZE': '8'}, 8), (TORCHRUNS | {'WORLD_SIZE': 'x'}, None),
-    ({'WORLD_SIZE': '2'}, 'without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT'),
-    (TORCHRUNS | {'WORLD_SIZE': '2', 'RANK': ''}, 'without RANK:')])
+    ({'WORLD_SIZE': '2'}, 'where RANK, LOCAL_RANK, MASTER_PORT, MASTER_ADDR should'),
+    (TORCHRUNS | {'WORLD_SIZE': '2', 'RANK': ''}, 'where RANK should'),
+    (TORCHRUNS | {'WORLD_SIZE': '2', 'MASTER_PORT': 'abc'}, 'where MASTER_PORT should'),
+    (TORCHRUNS | {'WORLD_SIZE': '0'}, 'where it should')])
 def test_the_number_of_ranks_is_torchruns_or_one(monkeypatch, capsys, env, size):
     for name in (*TORCHRUNS, 'WORLD_SIZE'):
         monkeypatch.delenv(name, raising=False)
@@ -40,7 +42,8 @@ def test_the_number_of_ranks_is_torchruns_or_one(monkeypatch, capsys, env, size)
     with pytest.raises(SystemExit):
         distributed.world_size()
     assert f"WORLD_SIZE='{env['WORLD_SIZE']}'" in (error := capsys.readouterr().err)
-    assert (size or 'torchrun sets all of them') in error and error.count('\n') == 1
+    assert (size or 'where WORLD_SIZE should be numbers that torchrun sets') in error
+    assert error.count('\n') == 1
 
 
 @pytest.mark.parametrize('error, exit_code', [

@@ -43,7 +43,7 @@ def test_suffixes_in_any_case_and_links_to_folders(tmp_path):
     (source / 'gone.txt').symlink_to(tmp_path / 'nowhere')
     files, passed_over = find_files(source)
     assert [file.name for file in files] == ['A.TXT', 'b.Md', 'c.txt', 'd.JSONL']
-    assert passed_over == []
+    assert [file.name for file in passed_over] == ['gone.txt']
 
 
 def test_what_is_passed_over_is_counted(tmp_path):
@@ -209,7 +209,7 @@ def test_where_it_cannot_be_done_a_line_says_so(tmp_path):
                                                  for i in range(3)))
     done = run(source, f'--out_dir={tmp_path}/out', f'--vocab_size={V}')
     assert done.returncode == 0
-    assert 'holds out 33.3% of the text, not val_fraction=5.0%: 3 documents' in done.stdout
+    assert 'holds out 33.3% of the text, not val_fraction=5.0%: of 3 documents' in done.stdout
 
 
 def test_equal_documents_stay_together(tmp_path):
@@ -307,3 +307,58 @@ def test_a_link_hides_no_file(tmp_path, link):
     (tmp_path / link).symlink_to('data')
     files, passed_over = find_files(tmp_path)
     assert [file.name for file in files] == ['a.txt'] and passed_over == []
+
+
+@pytest.mark.parametrize('suffix', ['.txt', '.jsonl'])
+def test_a_separator_that_occurs_nowhere_is_refused(tmp_path, suffix):
+    text = 'one line\r\n\r\nand another\r\n\r\n' * 100
+    if suffix == '.jsonl':
+        text = json.dumps({'text': text})
+    (tmp_path / f'a{suffix}').write_text(text, newline='')
+    for separator in ('\n\n', '<|endoftxt|>'):
+        with pytest.raises(ValueError, match='occurs in no text file'):
+            prepare(tmp_path / f'a{suffix}', tmp_path / 'out', V, separator=separator)
+    assert os.listdir(tmp_path) == [f'a{suffix}']
+
+
+def test_a_folder_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
+    def scandir(path):
+        raise PermissionError(13, 'Permission denied', path)
+    monkeypatch.setattr(os, 'scandir', scandir)
+    with pytest.raises(PermissionError):
+        find_files(tmp_path)
+
+
+def test_the_same_folder_may_be_spelled_otherwise(tmp_path, monkeypatch):
+    (tmp_path / 'a').mkdir()
+    (tmp_path / 'a/a.txt').write_text('one line of text\n' * 100)
+    meta = prepare(tmp_path / 'a', tmp_path / 'out', V)
+    monkeypatch.chdir(tmp_path)
+    for same in ('a', 'a/', './a', f'{tmp_path}/a/'):
+        assert data_prep.what_changed(meta, [same]) == ''
+    assert data_prep.what_changed(meta, ['b'])
+
+
+def test_a_link_to_nothing_is_counted(tmp_path):
+    (tmp_path / 'in').mkdir()
+    (tmp_path / 'in/README.md').write_text('one line of text\n' * 100)
+    (tmp_path / 'in/data.jsonl').symlink_to(tmp_path / 'gone')
+    meta = prepare(tmp_path / 'in', tmp_path / 'out', V)
+    assert meta['passed_over'] == '1 links to nothing'
+
+
+def test_copies_of_one_short_text_are_all_kept(tmp_path):
+    texts = [{'text': 'line one\nline two'}] * 500
+    meta = prepare(write_jsonl(tmp_path / 'x.jsonl', *texts), tmp_path / 'out', V)
+    assert meta['train']['documents'] == meta['val']['documents'] == 500
+
+
+def test_data_made_with_what_was_skipped_are_told_from_others(tmp_path):
+    file = write_jsonl(tmp_path / 'x.jsonl', *({'text': f'{i} line'} for i in range(100)))
+    whole = prepare(file, tmp_path / 'whole', V)
+    assert data_prep.what_changed(whole, [str(file), '--on_error=skip']) == ''
+    with open(file, 'a') as f:
+        f.write('no JSON\n')
+    meta = prepare(file, tmp_path / 'out', V, on_error='skip')
+    assert data_prep.what_changed(meta, [str(file), '--on_error=skip']) == ''
+    assert "on_error='skip', not 'raise'" in data_prep.what_changed(meta, [str(file)])

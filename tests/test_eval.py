@@ -113,6 +113,12 @@ def test_each_question_is_asked_once_and_a_calculation_in_other_words_after_the_
     ('US$ 12', 12), ('12 apples', 12), ('50%', 50), ('12,345,678.5', 12345678.5), ('0012', 12),
     ('-3', -3), ('\u22123', -3), ('+3', 3), ('5 and so #### 99', 5),
     # nothing, or what can be read in two ways
+    ('\t5', 5), ('10.', 10), ('3)', 3), ('5-', 5), ('12 x', 12), ('5, 6', 5), ('3.5.', 3.5),
+    ('–5', -5), ('-.5', -0.5), ('1,234,567', 1234567), ('7\n8', 7), ('12.', 12),
+    ('0,500', None), ('1\u00a0234', None), ("1'234", None), ('0x10', None), ('√2', None),
+    ('3 + 4', None), ('1/-2', None), ('9' * 5000, None),
+    ('1 000', None), ('1 234 567', None), ('1_000', None), ('1e3', None), ('1.5e-3', None),
+    ('3 x 10^4', None), ('1½', None), ('2^3', None), ('10:30', None), ('3-4', None), ('3*4', None),
     ('x', None), ('', None), ('1,23', None), ('1 1/2', None), ('1/0', None), ('12 / 4', None),
     ('1234,567', None), ('\n7', None)])
 def test_an_answer_is_a_number(text, number):
@@ -331,3 +337,16 @@ def test_standard_output_that_takes_nothing(tiny_run, data_dir, tmp_path, target
         stdout=output, stderr=subprocess.PIPE, text=True, check=False)
     os.close(output)
     assert (done.returncode, done.stderr) == (code, says)
+
+
+def test_data_that_a_run_was_not_trained_on_are_told(tiny_run, data_dir, tmp_path):
+    shutil.copy(tiny_run / 'step_20.pt', tmp_path)
+    args = (tmp_path, '--problems=0', '--eval_tokens=64')
+    assert run('eval.py', *args).stderr == ''
+    shutil.copytree(data_dir, tmp_path / 'data')
+    done = run('data_prep.py', 'arith', '--num_docs=500', '--vocab_size=512', '--overwrite',
+               f'--out_dir={tmp_path}/data/arith')
+    assert done.returncode == 0, done.stderr
+    done = run('eval.py', *args, f'--data_dir={tmp_path}/data')
+    assert done.returncode == 0 and done.stderr.count('\n') == 1
+    assert f'{tmp_path}/data/arith is not what {tmp_path}/step_20.pt was trained on' in done.stderr

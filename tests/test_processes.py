@@ -43,7 +43,7 @@ def test_a_signal_removes_what_is_half_written(tmp_path, sign):
 
 
 STOPPED = {   # script: (its arguments, a file that it reads, what it says)
-    'eval.py': (['run'], 'run/step_0.eval.json', 'eval.py: stopped; --resume keeps'),
+    'eval.py': (['run'], 'run/step_0.eval.json', 'eval.py: stopped; with --tasks'),
     'export.py': (['run', 'new'], 'run/log.jsonl', 'export.py: stopped; nothing was written'),
     'lab.coord_check': (['--data_dir=run', '--out=new'], 'run/stdlib/meta.json',
                         'coord_check.py: stopped'),
@@ -113,3 +113,18 @@ def test_a_script_ends_with_its_standard_input_and_else_as_it_would(tmp_path):
     assert process.wait(10) == 1
     process = start('processes.py', tmp_path / 'x.py', 'go')
     assert process.wait(10) == 7 and process.stderr.read() == ''
+
+
+def test_a_second_signal_does_not_interrupt_what_cleans_up(tmp_path):
+    work = WORK.replace("print('ready'", """
+        import shutil, signal
+        remove = shutil.rmtree
+        def rmtree(*args, **options):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                os.kill(os.getpid(), number)
+            remove(*args, **options)
+        shutil.rmtree = rmtree
+        print('ready'""")
+    process = start('-c', work, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 2 and os.listdir(tmp_path) == []

@@ -158,10 +158,11 @@ def stop(command, told, number):
     return process.wait(), ''.join(lines)
 
 
-def test_a_signal_to_torchrun_ends_all_ranks_after_a_checkpoint(tiny, trained, tmp_path):
+@pytest.mark.parametrize('sign', [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_to_torchrun_ends_all_ranks_after_a_checkpoint(tiny, trained, tmp_path, sign):
     args = [*tiny, *CURRICULUM, f'--out_dir={tmp_path / "run"}']
     code, told = stop(['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-                       ROOT / 'train.py', *args], 'step 30/60', signal.SIGTERM)
+                       ROOT / 'train.py', *args], 'step 30/60', sign)
     step = len(log(tmp_path / 'run'))
     assert code and 30 <= step < 60 and f'at step {step}, which is saved' in told
     done = run_ranks(2, 'train.py', *args, '--resume')

@@ -484,6 +484,10 @@ WRONG = {   # name: (script, arguments from (tmp_path, tiny_run, data_dir), what
         f'--init_from={other_moments(r, t / "w.pt")}'], 'is not a checkpoint of train.py'),
     'warmup longer than steps': ('train.py', lambda t, r, d: ['--phases.long.warmup=9'],
                                  "'long': its warmup is longer than its steps=4"),
+    'a source of no phase': ('train.py', lambda t, r, d: ['--sources.arit=x'],
+                             "unknown key 'arit', the nearest is 'arith'; a phase takes another"),
+    'no out_dir': ('train.py', lambda t, r, d: ['--out_dir='], 'out_dir is empty'),
+    'no data_dir': ('train.py', lambda t, r, d: ['--data_dir='], 'data_dir is empty'),
     'no run to look at': ('train.py', lambda t, r, d: ['--replay=3'], 'holds no run whose step'),
     'no GPU': ('lab.plan', lambda t, r, d: ['--gpus=0'], 'gpus=0 should be at least 1'),
     'a space for =': ('train.py', lambda t, r, d: ['--keep', '3'], 'without a space: --keep=3'),
@@ -601,10 +605,13 @@ def test_a_loss_of_no_target_is_none_and_never_0(tiny, tmp_path):
 def test_data_of_which_no_window_has_a_target_are_refused(tiny, tmp_path):
     done = run('train.py', *sft_config(tmp_path, tiny, [40] * 200))
     told = refused(done)
-    assert "phase 'sft': with completion_only no window of 32 tokens of sft's train split" in told
-    assert '--phases.sft.block_size=64' in told and not (tmp_path / 'run').exists()
-    done = run('train.py', *sft_config(tmp_path, tiny, [40] * 200), '--completion_only=False')
-    assert done.returncode == 0, done.stderr
+    assert "phase 'sft': no window of 32 tokens of sft's train split reaches a completion" in told
+    assert not (tmp_path / 'run').exists()
+    told = refused(run('train.py', *sft_config(tmp_path, tiny, [40] * 200),
+                       '--completion_only=False'))             # which would learn prompts alone
+    flag, = re.findall(r'--phases.sft.block_size=\d+', told)
+    done = run('train.py', *sft_config(tmp_path, tiny, [40] * 200), flag)
+    assert done.returncode == 0, done.stderr                   # so the advice is right
 
 
 def test_changed_sources_are_refused_but_a_run_goes_on(tiny, tmp_path):
