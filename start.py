@@ -340,12 +340,13 @@ def data_of_run(knobs, resuming):
         fail(e)
     if rank == 0:                                                # it reads all masks
         for phase in knobs.phases:
-            refuse_without_completions(phase, data)
+            refuse_without_completions(phase, data, knobs.completion_only)
     return data
 
 
-def refuse_without_completions(phase, data):
-    """End the program where a phase has an SFT data set whose windows reach no completion."""
+def refuse_without_completions(phase, data, completion_only):
+    """End the program where a phase has an SFT data set whose windows reach no completion; where
+    prompts are learned as well, say so instead."""
     T = phase['block_size']
     for name, split in itertools.product(phase['data'], SPLITS):
         if not data[name].masks:
@@ -353,9 +354,12 @@ def refuse_without_completions(phase, data):
         counts = data[name].coverage(split, T)
         if counts['without_completion'] == counts['windows']:
             shortest = min(len(prompt) for prompt, _ in data[name].pairs(split))
-            fail(f'phase {phase["name"]!r}: no window of {T} tokens of {name}\'s {split} split '
-                 f'reaches a completion, as its prompts have {shortest} and more: '
-                 f'--phases.{phase["name"]}.block_size={2 ** shortest.bit_length()}')
+            line = (f'phase {phase["name"]!r}: no window of {T} tokens of {name}\'s {split} split '
+                    f'reaches a completion, as its prompts have {shortest} and more: '
+                    f'--phases.{phase["name"]}.block_size={2 ** shortest.bit_length()}')
+            if completion_only:
+                fail(line)
+            print_once(line)
 
 
 def print_coverage(knobs, data):

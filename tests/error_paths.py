@@ -101,7 +101,7 @@ def main():
     with open(TABLE, 'w', encoding='utf-8') as f:
         f.write('| script | function | error path | test |\n| --- | --- | --- | --- |\n')
         for _, name, _, function, code, test in sorted(rows):
-            code = code.replace('|', '\\|')
+            code = code.split('  #')[0].rstrip().replace('|', '\\|')
             f.write(f'| {name} | {function} | `{code}` | {test} |\n')
     n_none = sum(not row[0] for row in rows)
     print(f'{len(rows)} error paths, {n_none} of which no test reaches: {TABLE}')

@@ -67,3 +67,18 @@ def test_what_ends_rank_0_ends_all(monkeypatch, error, exit_code):
     with pytest.raises(SystemExit) as e:
         distributed.rank_0_first(None)
     assert e.value.code == exit_code
+
+
+def test_where_torchrun_is_gone_rank_0_says_so(monkeypatch, capsys):
+    class Gone:
+        def set(self, *args):
+            raise torch.distributed.DistNetworkError('Broken pipe')
+        add = set
+    monkeypatch.setattr(distributed, 'ranks', lambda: (0, 2))
+    monkeypatch.setattr(distributed, 'PATIENCE', 0)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, '_get_default_store', Gone)
+    with pytest.raises(SystemExit), distributed.signs_of_life_from_rank_0():
+        pass
+    error = capsys.readouterr().err
+    assert error.endswith(': torchrun, which started the ranks, is gone\n')
+    assert error.count('\n') == 1

@@ -517,3 +517,13 @@ def test_a_folder_of_data_without_a_readme_says_so(tmp_path):
     (tmp_path / 'own/README.md').write_text('---\nconfigs:\n- config_name: other\n---\n')
     with pytest.raises(ValueError, match='^(?!.*has no README)'):
         loader('own', 'main')
+
+
+def test_lm_evals_own_program_that_is_stopped_is_one_line(monkeypatch, capsys):
+    def stopped():
+        raise KeyboardInterrupt
+    monkeypatch.setattr('lm_eval.__main__.cli_evaluate', stopped)
+    monkeypatch.setattr(sys, 'argv', ['eval.py', 'lm_eval'])
+    with pytest.raises(SystemExit) as e:
+        script.run_lm_eval()
+    assert (e.value.code, capsys.readouterr().err) == (130, 'eval.py: stopped\n')

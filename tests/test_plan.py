@@ -341,3 +341,9 @@ def test_a_plan_is_printed_for_a_config():
     assert [row[2] for row in told[8:]] == ['4 x 128', '8 x 128', '8 x 128', '2 x 512']
     assert '| 512 | stable1 | 0.00781 (does not divide) |' in done.stdout
     assert 'Beside measurements' not in done.stdout              # those are of another model
+
+
+def test_a_plan_that_is_stopped_is_one_line(tmp_path):
+    (tmp_path / 'stopped.py').write_text('raise KeyboardInterrupt')
+    done = run('lab.plan', tmp_path / 'stopped.py')
+    assert (done.returncode, done.stderr) == (130, 'plan.py: stopped\n')

@@ -607,8 +607,10 @@ def test_data_of_which_no_window_has_a_target_are_refused(tiny, tmp_path):
     told = refused(done)
     assert "phase 'sft': no window of 32 tokens of sft's train split reaches a completion" in told
     assert not (tmp_path / 'run').exists()
-    told = refused(run('train.py', *sft_config(tmp_path, tiny, [40] * 200),
-                       '--completion_only=False'))             # which would learn prompts alone
+    done = run('train.py', *sft_config(tmp_path, tiny, [40] * 200), '--completion_only=False')
+    assert done.returncode == 0, done.stderr                   # it learns prompts alone
+    assert "no window of 32 tokens of sft's train split reaches a completion" in done.stdout
+    shutil.rmtree(tmp_path / 'run')
     flag, = re.findall(r'--phases.sft.block_size=\d+', told)
     done = run('train.py', *sft_config(tmp_path, tiny, [40] * 200), flag)
     assert done.returncode == 0, done.stderr                   # so the advice is right
