@@ -43,7 +43,11 @@ def make_text(folder):
 
 
 def has(folder, pattern):
-    return lambda: any(folder.rglob(pattern))
+    def there():
+        with suppress(FileNotFoundError):                        # of a folder that is removed now
+            return any(folder.rglob(pattern))
+        return False
+    return there
 
 
 # place -> (the command's words, a function that says whether it is at work), for a folder
