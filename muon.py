@@ -45,15 +45,19 @@ def zeropower_via_newtonschulz5(G, steps=5, dtype=None):
     singular values of 0.01...1 to about 0.7...1.2, which serves as well as exactly 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = G.to(dtype or matmul_dtype(G.device.type))
+    X = G.to(dtype or matmul_dtype(G.device.type)).reshape(-1, *G.shape[-2:])
     tall = G.size(-2) > G.size(-1)
     if tall:
         X = X.mT                                              # so that X Xᵀ is the smaller product
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)       # all singular values at most 1
     for _ in range(steps):
-        A = X @ X.mT                                          # (..., n, n), n = min(rows, cols)
-        X = a * X + (b * A + c * A @ A) @ X
-    return X.mT if tall else X
+        # sums go into the products' fp32 accumulators: one pass over memory, and one rounding, less
+        A = X @ X.mT                                          # (batch, n, n), n = min(rows, cols)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)           # b A + c A²
+        X = torch.baddbmm(X, B, X, beta=a)                    # a X + B X
+    if tall:
+        X = X.mT
+    return X.reshape(G.shape)
 
 
 class Muon(torch.optim.Optimizer):
