@@ -275,7 +275,7 @@ def what_changed(meta, args):
         now = sys.version.split()[0]
         if now != meta['python']:
             return f"Python {meta['python']}'s library, not that of {now}"
-    elif os.path.exists(os.path.expanduser(source)):                   # else it cannot be compared
+    elif os.path.exists(os.path.expanduser(source)):           # else it cannot be compared
         now = fingerprint(files_of(source, wanted['site_packages'])[0])
         if now != meta['files']:
             then = meta['files']

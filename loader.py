@@ -191,20 +191,21 @@ class Dataset:
     def coverage(self, split, T):
         """What windows of T tokens leave out of a split, as a dict of counts: of 'documents' how
         many are 'cut', of 'tokens' how many are 'never_seen', of 'windows' how many reach no
-        completion, 'without_completion'. Plain text has but tokens that are never seen, at its end.
+        completion, 'without_completion'. Of plain text, only tokens after its last window count.
         """
-        starts, stops = map(np.asarray, self.spans(split, T))
+        starts, stops = self.spans(split, T)
         tokens = len(self.tokens[split])
-        left_out = (np.append(starts[1:], tokens) - stops).clip(0)        # tokens after each window
         counts = {'documents': self.meta[split]['documents'], 'cut': 0, 'tokens': tokens,
-                  'never_seen': int(left_out.sum()), 'windows': len(starts),
+                  'never_seen': tokens - int(stops[-1]), 'windows': len(starts),
                   'without_completion': 0}
         if self.masks:
+            starts, stops = np.asarray(starts), np.asarray(stops)
+            left_out = np.append(starts[1:], tokens) - stops           # tokens after each window
             edges = np.stack([starts + 1, stops], axis=1).flatten()     # of each window's targets
             edges = edges[edges < tokens]                              # the last may be the end
             reached = np.add.reduceat(self.masks[split], edges, dtype=np.int64)[::2]
-            counts['without_completion'] = int((reached == 0).sum())
-            counts['cut'] = int((left_out > 0).sum())
+            counts |= {'cut': int((left_out > 0).sum()), 'never_seen': int(left_out.sum()),
+                       'without_completion': int((reached == 0).sum())}
         return counts
 
     def pairs(self, split):

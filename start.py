@@ -188,7 +188,7 @@ class Start:
     config: XmodelConfig
     data: dict                          # {name: loader.Dataset}
     checkpoint: dict | None             # as read_checkpoint returns it
-    resuming: bool                      # so does a replay that has a checkpoint
+    resuming: bool                      # true of a replay as well, where it has a checkpoint
     state: TrainState
     existing: list                      # checkpoints that out_dir held before
     lock: object = None                 # open as long as the run goes on

@@ -154,10 +154,10 @@ if __name__ == '__main__':
     elif sys.argv[1:] or sys.stdin is None or sys.stdin.isatty():
         print('sandbox.py: wants a program on standard input, and no argument', file=sys.stderr)
         sys.exit(2)
+    from configurator import fail
     from processes import STOPPED, signals_as_ctrl_c
     try:
         with signals_as_ctrl_c():
             sys.exit(0 if passes(sys.stdin.read()) else 1)
     except KeyboardInterrupt:
-        print('sandbox.py: stopped', file=sys.stderr)
-        sys.exit(STOPPED)
+        fail('stopped', STOPPED)
