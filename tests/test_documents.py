@@ -136,7 +136,7 @@ def test_a_long_text_is_never_in_memory_as_a_whole(tmp_path, monkeypatch):
         return most
     peak(20_000)                                                 # loads what libraries load
     small, large = peak(300_000), peak(900_000)                  # some 18 and 54 MB
-    assert large < 1.2 * small, (small, large)
+    assert large - small < 12e6, (small, large)     # of 36 MB more; threads make it vary by 3
 
 
 @pytest.mark.parametrize('content', [b'word ' * 300_000 + b'caf\xe9', b' \n' * 600_000])
