@@ -235,6 +235,39 @@ def apply_rope(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
+QUERIES = 256                      # that causal_attention takes at a time, on a CPU
+LONGEST = 1024                     # T up to which it does so: it holds (T, T) matrices
+
+
+def causal_attention(q, k, v, scale):
+    """softmax(scale · q kᵀ) v, where position t sees positions 0 to t.
+
+    q (B, n_head, T, hd); k, v (B, n_kv_head, T, hd) -> (B, n_head, T, hd). On a CPU torch's fused
+    kernel is far slower than matrix products. So short texts go by two products for each block of
+    queries, with the keys up to the block's end. Query heads that share a key head are rows of the
+    same product. (A long text would take much memory so, and gain little.)
+    """
+    B, n_head, T, hd = q.shape
+    if not q.is_cpu or T > LONGEST:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    n_kv_head = k.size(1)
+    G = n_head // n_kv_head                                        # query heads of a key head
+    q = q.view(B, n_kv_head, G, T, hd).transpose(2, 3)             # (B, n_kv_head, T, G, hd)
+    k, v = k.flatten(0, 1), v.flatten(0, 1)                        # (B n_kv_head, T, hd)
+    position = torch.arange(T)
+    blocks = []
+    for first in range(0, T, QUERIES):
+        end = min(first + QUERIES, T)
+        rows = q[:, :, first:end].reshape(B * n_kv_head, -1, hd)   # (B n_kv_head, n G, hd)
+        own = position[first:end].repeat_interleave(G)             # (n G,)
+        bias = torch.zeros(len(own), end, dtype=q.dtype)
+        bias.masked_fill_(position[:end] > own[:, None], -math.inf)
+        scores = torch.baddbmm(bias, rows, k[:, :end].mT, alpha=scale)       # (.., n G, end)
+        blocks.append(scores.softmax(-1) @ v[:, :end])
+    y = torch.cat(blocks, dim=1).view(B, n_kv_head, T, G, hd)
+    return y.transpose(2, 3).reshape(B, n_head, T, hd)
+
+
 class Attention(nn.Module):
     """Causal self-attention with n_head query heads that share n_kv_head keys and values."""
 
@@ -250,14 +283,16 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, cache=None, mask=None):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.hd)                 # (B, T, n_head + 2 n_kv_head, hd)
-        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
-        q = apply_rope(q, cos, sin)
-        k = apply_rope(k, cos, sin)
+        qk, v = qkv.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=2)
+        q, k = apply_rope(qk, cos, sin).split((self.n_head, self.n_kv_head), dim=2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))          # (B, n_head or n_kv_head, T, hd)
-        if cache is not None:
-            k, v = cache.append(k, v)                             # (B, n_kv_head, all T so far, hd)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                           scale=self.scale, enable_gqa=True)
+        if cache is None and mask is None:
+            y = causal_attention(q, k, v, self.scale)             # (B, n_head, T, hd)
+        else:                                                     # in generation
+            if cache is not None:
+                k, v = cache.append(k, v)                         # (B, n_kv_head, all T so far, hd)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                               scale=self.scale, enable_gqa=True)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -287,8 +322,8 @@ class Block(nn.Module):
         self.branch = table['branch_out'].multiplier
 
     def forward(self, x, cos, sin, cache=None, mask=None):
-        x = x + self.branch * self.attn(self.norm1(x), cos, sin, cache, mask)
-        return x + self.branch * self.ffn(self.norm2(x))
+        x = x.add(self.attn(self.norm1(x), cos, sin, cache, mask), alpha=self.branch)
+        return x.add(self.ffn(self.norm2(x)), alpha=self.branch)
 
 
 class Xmodel(nn.Module):

@@ -20,17 +20,16 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from checkpoint import replace_file, to_json
 from configurator import check_range, configure, fail, int_list
 from data_prep import prepare_missing
 from loader import get_batch, open_data
-from model import Xmodel, XmodelConfig
+from model import Xmodel, XmodelConfig, causal_attention
 from muon import make_optimizers, step_all
 from processes import STOPPED, signals_as_ctrl_c
 
@@ -58,23 +57,15 @@ out = 'results/coord_check'   # folder for the JSON files
 # --------------------------------------------------------------------------------------------------
 # Measure: activations of a model, before and after each step
 
-class AttentionLogits(TorchFunctionMode):
-    """Record q·k x scale of every attention call, which the fused kernel never returns."""
-
-    def __init__(self, recorded):
-        super().__init__()
-        self.recorded = recorded                       # a list, one tensor a call is appended
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if kwargs is None:
-            kwargs = {}
-        if func is F.scaled_dot_product_attention:
-            q, k = args[:2]                                       # (B, n_head or n_kv_head, T, hd)
-            k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)           # (B, n_head, T, hd)
-            logits = q @ k.mT * kwargs['scale']                   # (B, n_head, T, T)
-            causal = torch.ones_like(logits[0, 0], dtype=torch.bool).tril()          # (T, T)
-            self.recorded.append(logits[..., causal])
-        return func(*args, **kwargs)
+def recording_attention(recorded):
+    """model.causal_attention, which appends its q·k x scale to a list at each call."""
+    def attention(q, k, v, scale):
+        all_k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)            # (B, n_head, T, hd)
+        logits = q @ all_k.mT * scale                             # (B, n_head, T, T)
+        causal = torch.ones_like(logits[0, 0], dtype=torch.bool).tril()       # (T, T)
+        recorded.append(logits[..., causal])
+        return causal_attention(q, k, v, scale)
+    return attention
 
 
 @torch.no_grad()
@@ -102,7 +93,8 @@ def activations(model, idx):
     for block in model.blocks:
         hooks.append(block.attn.register_forward_hook(record_output('attention output')))
         hooks.append(block.ffn.register_forward_hook(record_output('FFN output')))
-    with AttentionLogits(recorded['attention logits']):
+    recording = recording_attention(recorded['attention logits'])
+    with mock.patch('model.causal_attention', recording):
         logits, _ = model(idx)
     for hook in hooks:
         hook.remove()
