@@ -436,16 +436,17 @@ CHUNK, CHUNK_ON_GPU = 2**24, 2**28                     # logits at a time: 64 MB
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of softmax(multiplier · x Wᵀ); gradients are computed in the forward pass.
 
-    d loss / d logits = multiplier (softmax - onehot) / n_targets needs nothing from later layers.
+    d loss / d logits = (softmax - onehot) / n_targets needs nothing from later layers.
     So each chunk of rows makes its logits, takes the loss and both gradients from them, and drops
     them: no product is computed twice.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, multiplier, dtype, with_grad):
-        w, x = weight.to(dtype), x.to(dtype)                                    # (V, C), (N, C)
+        # the multiplier goes to x, which is V / C times smaller than the logits
+        w, x = weight.to(dtype), (x * multiplier).to(dtype)                     # (V, C), (N, C)
         rows = max(1, (CHUNK_ON_GPU if x.is_cuda else CHUNK) // len(w))
-        grad_scale = multiplier / (targets >= 0).sum().clamp(min=1)
+        n_targets = (targets >= 0).sum().clamp(min=1)
         total = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(x) if with_grad else None
         grad_w = torch.zeros_like(w, dtype=torch.float32) if with_grad else None
@@ -453,23 +454,26 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             x_rows, ids = x[i:i + rows], targets[i:i + rows]
             valid = (ids >= 0)[:, None]                                         # (rows, 1)
             ids = ids.clamp(min=0)[:, None]                                     # (rows, 1)
-            logits = (x_rows @ w.T).float() * multiplier                        # (rows, V)
-            lse = logits.logsumexp(-1, keepdim=True)                            # (rows, 1)
-            total += ((lse - logits.gather(1, ids)) * valid).sum()
+            logprobs = (x_rows @ w.T).float().log_softmax(-1)                   # (rows, V)
+            of_target = logprobs.gather(1, ids)                                 # (rows, 1)
+            total -= (of_target * valid).sum()
             if with_grad:
-                onehot = torch.arange(len(w), device=x.device) == ids           # (rows, V)
-                # (the softmax gets no name, by which it would stay in memory: 1 GB)
-                grad = (((logits - lse).exp() - onehot.float()) * (valid * grad_scale)).to(dtype)
-                grad_x[i:i + rows] = grad @ w
-                grad_w += grad.T @ x_rows
+                # in place, since 1 GB more would count; the target's own in fp32 until the end
+                grad = logprobs.exp_().to(dtype)
+                del logprobs
+                grad.scatter_(1, ids, of_target.expm1().to(dtype))              # softmax - onehot
+                grad_x[i:i + rows] = grad @ w * valid
+                grad_w += grad.T @ (x_rows * valid)
         if with_grad:
-            ctx.save_for_backward(grad_x, grad_w)
-        return total * grad_scale / multiplier                                 # the mean
+            ctx.save_for_backward(grad_x, grad_w, n_targets)
+            ctx.multiplier = multiplier
+        return total / n_targets                                               # the mean
 
     @staticmethod
     def backward(ctx, grad_loss):
-        grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad_loss, grad_w * grad_loss, None, None, None, None
+        grad_x, grad_w, n_targets = ctx.saved_tensors
+        scale = grad_loss / n_targets
+        return grad_x * (scale * ctx.multiplier), grad_w * scale, None, None, None, None
 
 
 def chunked_cross_entropy(x, weight, targets, multiplier):
