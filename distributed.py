@@ -65,7 +65,9 @@ def pick_device(device, world):
 
 def join_ranks(device, timeout):
     """Begin to talk with the other ranks; `timeout` seconds is how long one waits for another."""
-    backend = 'nccl' if device.type == 'cuda' else 'gloo'
+    backend = 'gloo'
+    if device.type == 'cuda':
+        backend = 'cpu:gloo,cuda:nccl'                           # by where a tensor is
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
 
 

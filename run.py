@@ -205,16 +205,17 @@ class LossWatch:
         self.reason = ''                                         # why the last one was skipped
         self.has_loss = True                                     # of the last step
 
-    def is_finite(self, step, loss, grad_norm, amax, n_targets):
+    def is_finite(self, step, loss, grad_norm, largest, n_targets, amax):
         """Whether a step may be taken; if not, say why. All ranks have the same numbers.
 
-        amax: of FP8's tensors; an empty tensor without FP8. Without targets there is no loss.
+        amax: of FP8's tensors, of which `largest` is the largest, or NaN if one is. Without targets
+        there is no loss.
         """
         self.has_loss = bool(n_targets)
         if not self.has_loss:
             print_once(f'step {step} is skipped: none of its rows has a target')
             return False
-        if math.isfinite(loss + grad_norm) and amax.isfinite().all():
+        if math.isfinite(loss + grad_norm + largest):
             self.skipped = 0
             return True
         self.skipped += 1
@@ -397,8 +398,9 @@ class RunFiles:
 
 class Progress:
     """The bar on a terminal, lines on a plain output, and the time left."""
-    def __init__(self, knobs, model, state, total):
+    def __init__(self, knobs, model, state, total, peak=0.0):
         self.knobs, self.model, self.total = knobs, model, total
+        self.peak = peak                                         # FLOP/s of all ranks; 0.0: unknown
         off = True if ranks()[0] > 0 else None                   # None: off unless on a terminal
         self.bar = tqdm(total=total, initial=state.step, unit='step', disable=off)
         self.seconds_per_flop = []                               # of forward and backward passes
@@ -406,7 +408,10 @@ class Progress:
         self.muon_estimate = None                                # until there are any
 
     def time_step(self, phase, pass_seconds, optimizer_seconds, step):
-        """Record a step's seconds; after 5 steps with an optimizer, say how long the rest takes."""
+        """Record a step's seconds -> {'tok_per_s': tokens/s, 'mfu': share of the peak, if known}.
+
+        After 5 steps with an optimizer, say how long the rest takes.
+        """
         tokens = phase['batch'] * phase['block_size']
         flops = tokens * self.model.flops_per_token(phase['block_size'])
         self.seconds_per_flop.append(pass_seconds / flops)
@@ -414,6 +419,11 @@ class Progress:
         of_kind.append(optimizer_seconds)
         if len(of_kind) == 5 and ranks()[0] == 0:
             print_once(f'about {self.seconds_left(step) / 60:,.0f} minutes to go')
+        seconds = pass_seconds + optimizer_seconds
+        speed = {'tok_per_s': round(tokens / seconds, 1)}
+        if self.peak:
+            speed['mfu'] = round(flops / seconds / self.peak, 4)
+        return speed
 
     def seconds_left(self, step):
         """Estimate of the seconds from `step` on, by what has been measured.
@@ -444,8 +454,9 @@ class Progress:
 
     def show(self, step, phase, entry, phase_ends):
         """Update the bar or, on a plain output, print a line now and then."""
+        mfu = f'MFU {entry["mfu"]:.1%}, ' if 'mfu' in entry else ''
         news = (f'{phase["name"]}: loss {entry["loss"]:.4f}, {entry["tok_per_s"]:,.0f} tok/s, '
-                f'lr {entry["lr"]:.2e}')
+                f'{mfu}lr {entry["lr"]:.2e}')
         self.bar.set_postfix_str(news, refresh=False)
         self.bar.update()
         if self.bar.disable and (step % self.knobs.log_interval == 0 or phase_ends):

@@ -30,6 +30,7 @@ from distributed import (
     sum_over_ranks,
     world_size,
 )
+from hardware import StepClock, peak_flops, to_device
 from loader import get_batch, get_windows, windows_before
 from model import Xmodel
 from muon import make_optimizers, step_all
@@ -178,18 +179,18 @@ def count_targets(y):
 def forward_backward(net, micro_batches, n_targets, autocast):
     """The gradients of a batch, in p.grad, and its mean loss, both added up over the ranks.
 
-    micro_batches: this rank's [(x, y)], (micro_batch, T) each; n_targets: of the whole batch. Each
-    micro-batch's mean loss is weighted by its targets, so the result is that of one large batch,
-    however it is cut.
+    micro_batches: this rank's [(x, y)], (micro_batch, T) each; n_targets: of the whole batch, a
+    tensor of the CPU, so that it takes no wait for a GPU. Each micro-batch's mean loss is weighted
+    by its targets, so the result is that of one large batch, however it is cut.
     """
-    device = n_targets.device
+    device = next(net.parameters()).device
     loss = torch.zeros((), device=device)
     for i, (x, y) in enumerate(micro_batches, 1):
         weight = count_targets(y) / n_targets
         last = i == len(micro_batches)                           # ranks add gradients up only once
         with nullcontext() if last else gradients_stay_here(net):
             with autocast:
-                micro_loss = net(x.to(device), y.to(device))[1]
+                micro_loss = net(to_device(x, device), to_device(y, device))[1]
             try:
                 (micro_loss * weight).backward()
             except RuntimeError as e:
@@ -219,7 +220,7 @@ def evaluate(model, data, phase, rows, device, autocast):
             with autocast:
                 loss = model(x.to(device), y.to(device))[1].item()
             total += torch.tensor([loss, 1.0], dtype=torch.float64) * count_targets(y)
-        total = sum_over_ranks(total, device if world > 1 else 'cpu')
+        total = sum_over_ranks(total, 'cpu')
         if total[1]:                                             # a mean of nothing is left out
             losses[name] = (total[0] / total[1]).item()
     return losses
@@ -262,7 +263,9 @@ def main(knobs, given, defaults):
     compiler = Compiler(knobs, model, scaling, autocast)
     watch = LossWatch(knobs, state, scaling, proxy_log)
     files = RunFiles(knobs, given, start)
-    progress = Progress(knobs, model, state, total_steps)
+    peak = world * peak_flops(device, torch.bfloat16 if bf16 else torch.float32)
+    progress = Progress(knobs, model, state, total_steps, peak)
+    clock = StepClock(device)
     signals = Signals()
 
     # --- the loop ---
@@ -296,46 +299,48 @@ def main(knobs, given, defaults):
         # --- data: this rank's rows of the batch, in micro-batches of (micro_batch, T) ---
         batch_rows = [(step - first) * phase['batch'], (step - first + 1) * phase['batch']]
         row = batch_rows[0] + rank * rows
+        asked = time.perf_counter()
         micro_batches = [get_batch(data, phase['data'], range(r, r + micro_batch), T, seed,
                                    read_before, completion_only)
                          for r in range(row, row + rows, micro_batch)]
+        data_seconds = time.perf_counter() - asked
         files.heartbeat(step)
         end_if_hung(2 * hang_seconds)                            # one that hangs above ends first
         targets = sum(count_targets(y) for _, y in micro_batches)
-        n_targets, n_signals = sum_over_ranks([float(targets), float(signals.count())],
-                                              device)
+        n_targets, n_signals = sum_over_ranks([float(targets), float(signals.count())], 'cpu')
         if n_signals:                                            # some rank is told to end
             break
         compiler.compile_for(*micro_batches[0])
 
         # --- forward, backward, step ---
-        began = time.perf_counter()
+        clock.mark()
         if scaling:
             scaling.watch(fp8_monitor and step % log_interval == 0)
         with replaying(step == replay, step, phase, batch_rows, model):
             loss = forward_backward(net, micro_batches, n_targets.clamp(min=1), autocast)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        loss, grad_norm = loss.item() if n_targets else math.nan, grad_norm.item()
-        passed = time.perf_counter()
-        amax = scaling.collect() if scaling else torch.zeros(0)
+        amax = scaling.collect() if scaling else torch.zeros(1, device=device)
+        clock.mark()
+        # the one line of a step at which the CPU waits for a GPU
+        loss, grad_norm, largest = torch.stack([loss, grad_norm, amax.amax()]).tolist()
+        if not n_targets:
+            loss = math.nan
         lr, lr_of_embedding = lr_at(step)
-        if watch.is_finite(step, loss, grad_norm, amax, n_targets):      # else all ranks skip it
+        if watch.is_finite(step, loss, grad_norm, largest, n_targets, amax):
             step_all(optimizers, {'learning_rate': lr, 'embedding_lr': lr_of_embedding})
             if scaling:
                 scaling.update(amax)
-        else:
+        else:                                                    # all ranks skip it
             model.zero_grad(set_to_none=False)
-        if device.type != 'cpu':
-            torch.accelerator.synchronize()
-        ended = time.perf_counter()
+        clock.mark()
 
         # --- log, validate, save ---
         state.step = step + 1
         state.tokens += phase['batch'] * T
-        progress.time_step(phase, passed - began, ended - passed, step)
+        speed = progress.time_step(phase, *clock.seconds(phase['optimizer']), step)
         entry = {'step': step, 'phase': phase['name'], 'tokens': state.tokens, 'loss': loss,
                  'lr': lr, 'embedding_lr': lr_of_embedding, 'grad_norm': grad_norm,
-                 'tok_per_s': round(phase['batch'] * T / (ended - began), 1)}
+                 **speed, 'data_s': round(data_seconds, 4)}
         if note:
             entry['note'] = note
         if scaling and scaling.watched:

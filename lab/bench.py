@@ -41,10 +41,10 @@ from checkpoint import replace_file
 from configurator import check_range, configure, fail, knob_values
 from export import hf_config
 from fp8 import convert_to_float8
+from hardware import GPUS, gemm_flops
 from lab import plan
 from lab.plan import gain_of_fp8
 from lab.roofline import (
-    GPUS,
     WAYS,
     linears,
     roofline,
@@ -200,19 +200,6 @@ def start_worker(variant, c, device, dtype):
     return process, pipe
 
 
-def gemm_flops(device, dtype):
-    """FLOP/s of the fastest of some square matrix products."""
-    best = 0.0
-    sizes = (1024, 2048) if device == 'cpu' else (4096, 8192)
-    for n in sizes:
-        a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
-        for _ in range(3):
-            began = time.perf_counter()
-            (a @ a)[0, 0].item()                                 # waits for the GPU
-            best = max(best, 2 * n**3 / (time.perf_counter() - began))
-    return best
-
-
 def measure_steps(names, c, vocabs, device, dtype):
     """Run all variants -> (peak MB, tokens/s, FLOP/s of a GEMM).
 
@@ -244,7 +231,7 @@ def measure_steps(names, c, vocabs, device, dtype):
             process.join()
         bar.update()
     for _ in range(rounds):
-        gemm.append(gemm_flops(device, dtype))
+        gemm.append(gemm_flops(device, getattr(torch, dtype), seconds=0.5))
         for name in pipes:
             time_step(name)
     bar.close()

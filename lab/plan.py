@@ -31,8 +31,8 @@ import model as network
 import train
 from configurator import check_range, configure, fail
 from fp8 import convert_to_float8
+from hardware import GPUS
 from lab.roofline import (
-    GPUS,
     REACHED,
     roofline,
     seconds_of_a_micro_batch,

@@ -13,27 +13,13 @@ import torch
 from torch import nn
 
 import model as network
+from hardware import GPUS
 from model import Xmodel
 
-
-class GPU(NamedTuple):
-    """By data sheets: SXM, products without sparsity; memory as nvidia-smi reports it."""
-    bf16: float                  # FLOP/s of matrix products
-    fp8: float                   # the same; 0.0: it has no such units
-    bandwidth: float             # of its memory, bytes/s
-    memory: float                # bytes
-    link: float                  # to the other seven of its node, bytes/s each way
-
-
-GPUS = {'a100': GPU(312e12, 0.0, 2.04e12, 85e9, 300e9),
-        'h100': GPU(989e12, 1979e12, 3.35e12, 85e9, 450e9),
-        'h200': GPU(989e12, 1979e12, 4.8e12, 150e9, 450e9),
-        'b200': GPU(2250e12, 4500e12, 7.7e12, 190e9, 900e9)}
-
-# Share of these figures that kernels reach, measured on one H100 (PyTorch 2.11, blocks compiled,
-# the 1.3B model, 4 x 3712 tokens, by torch's profiler). Attention is between what was found there,
-# 0.345, and what follows from 1 x 16384. Newton-Schulz and AdamW are from steps of the optimizers
-# alone: 148 and 15.5 ms. 'step' is the share of the clock's time in which kernels run.
+# Share of the figures in GPUS that kernels reach, measured on one H100 (PyTorch 2.11, blocks
+# compiled, the 1.3B model, 4 x 3712 tokens, by torch's profiler). Attention is between what was
+# found there, 0.345, and what follows from 1 x 16384. Newton-Schulz and AdamW are from steps of the
+# optimizers alone: 148 and 15.5 ms. 'step' is the share of the clock's time in which kernels run.
 REACHED = {'GEMM, bf16': 0.75, 'GEMM, FP8': 0.66, 'attention': 0.37, 'bytes': 0.71,
            'rounding to FP8': 0.22, 'Newton-Schulz': 0.32, 'AdamW': 0.73, 'step': 0.97}
 

@@ -123,9 +123,10 @@ def refused(process):
 
 
 def log(folder):
-    """Lines of a run's log, without the one field that a clock decides."""
+    """Lines of a run's log, without the fields that a clock decides."""
     lines = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != 'tok_per_s'} for line in lines]
+    of_a_clock = {'tok_per_s', 'mfu', 'data_s'}
+    return [{k: v for k, v in line.items() if k not in of_a_clock} for line in lines]
 
 
 def same(a, b):
