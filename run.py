@@ -48,6 +48,7 @@ from configurator import fail
 from distributed import gather_state, print_once, ranks
 from muon import zeropower_via_newtonschulz5
 from processes import STOPPED
+from tracker import Tracker
 
 
 @contextmanager
@@ -348,6 +349,9 @@ class RunFiles:
         self.phase_ends = list(itertools.accumulate(phase['steps'] for phase in knobs.phases))
         self.saved = start.state.step                            # the step of the last checkpoint
         self.writer, self.writing = ThreadPoolExecutor(1), None
+        self.tracker = None
+        if ranks()[0] == 0 and not self.off:
+            self.tracker = Tracker(knobs, given, self.folder, start.state.step)
 
     def heartbeat(self, step):
         """Tell in a file of this rank's that it has the data of a step: who hangs, since when."""
@@ -356,10 +360,11 @@ class RunFiles:
             file.write_text(f'step {step}, {time.ctime()}\n')
 
     def log(self, entry):
-        """Append a line to log.jsonl."""
+        """Append a line to log.jsonl, and tell the tracker."""
         if ranks()[0] == 0 and not self.off:
             with open(self.folder / 'log.jsonl', 'a') as f:
                 f.write(to_json(entry) + '\n')
+            self.tracker.log(entry)
 
     def save(self, state, model, optimizers, scaling):
         """Begin to write a checkpoint, once the last one is written; all ranks have to call it."""
@@ -483,6 +488,8 @@ def end_of_run(knobs, files, watch, signals, state, total):
     if ranks()[1] > 1:
         dist.barrier()                                           # until rank 0 has written
         dist.destroy_process_group()
+    if files.tracker:
+        files.tracker.finish()
     if watch.skipped == 5 and not files.off:
         sys.exit(1 if rank else f'train.py: step {state.step - 1} is the fifth in a row that is '
                  f'not finite: {watch.reason}; try a lower learning_rate')

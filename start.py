@@ -36,12 +36,13 @@ from fp8 import E4M3, E5M2, convert_to_float8
 from loader import check_ids, get_batch, open_data
 from model import Xmodel, XmodelConfig
 from muon import has_bf16
+from tracker import check_tracker
 
 # knobs that --resume lets change, since they do not decide what is learned; all others it refuses
 FREE = {'out_dir', 'resume', 'replay', 'init_from', 'init_step', 'device', 'dtype', 'compile',
         'data_dir', 'sources', 'micro_batch_tokens', 'reduce_dtype', 'log_interval',
-        'eval_interval', 'eval_rows', 'checkpoint_interval', 'keep', 'hang_seconds', 'reference',
-        'reference_margin', 'fp8_monitor', 'activation_checkpointing'}
+        'eval_interval', 'eval_rows', 'checkpoint_interval', 'keep', 'hang_seconds', 'tracker',
+        'reference', 'reference_margin', 'fp8_monitor', 'activation_checkpointing'}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -222,6 +223,7 @@ def start_of_run(knobs, given, defaults):
 
     def choose():
         nonlocal start, lock
+        check_tracker(knobs.tracker)
         if knobs.replay < 0 and folder.is_dir():
             lock = take_folder(folder)           # before the checkpoint is chosen
         existing = checkpoints(folder)

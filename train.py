@@ -121,6 +121,7 @@ eval_rows = 16                # rows of each validation set
 checkpoint_interval = 100     # steps between checkpoints; each phase's end has one as well
 keep = 2                      # checkpoints to keep besides those of phase ends
 hang_seconds = 1800           # a rank that does not come on for so long ends, with its stack
+tracker = 'none'              # 'none' | 'tensorboard' | 'wandb' | 'trackio': gets the log as well
 reference = ''                # another run's folder, as the proxy's, to compare losses with
 reference_margin = 0.2        # nats above it from which validations say so
 
@@ -337,7 +338,8 @@ def main(knobs, given, defaults):
         # --- log, validate, save ---
         state.step = step + 1
         state.tokens += phase['batch'] * T
-        speed = progress.time_step(phase, *clock.seconds(phase['optimizer']), step)
+        pass_seconds, optimizer_seconds = clock.seconds(phase['optimizer'])
+        speed = progress.time_step(phase, pass_seconds, optimizer_seconds, step)
         entry = {'step': step, 'phase': phase['name'], 'tokens': state.tokens, 'loss': loss,
                  'lr': lr, 'embedding_lr': lr_of_embedding, 'grad_norm': grad_norm,
                  **speed, 'data_s': round(data_seconds, 4)}
