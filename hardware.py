@@ -42,21 +42,25 @@ def peak_flops(device, dtype):
 
 
 def gemm_flops(device, dtype, seconds):
-    """FLOP/s of the fastest of some square matrix products, of growing size.
+    """FLOP/s of the fastest of some square matrix products, two of each size.
 
-    The last one begins within so many seconds, and takes at most some three times as long. It
-    draws from a generator of its own: the run's numbers stay what they are.
+    Sizes grow until so many seconds have passed, and then the last product may take three times as
+    long. Numbers come from a generator of their own: those that a run draws stay what they are.
     """
     generator = torch.Generator(device).manual_seed(0)
-    best, n, start = 0.0, 128, time.perf_counter()
-    while True:
+
+    def product(n):
         a = torch.randn(n, n, device=device, generator=generator).to(dtype)
-        for _ in range(3):
-            began = time.perf_counter()
-            (a @ a)[0, 0].item()                                 # waits for the GPU
-            ended = time.perf_counter()
-            best = max(best, 2 * n**3 / (ended - began))
-            if ended - start > seconds:
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()                                     # waits for the GPU
+        return 2 * n**3 / (time.perf_counter() - began)
+
+    product(128)                                                 # starts threads
+    best, n, start = 0.0, 256, time.perf_counter()
+    while True:
+        for _ in range(2):
+            best = max(best, product(n))
+            if time.perf_counter() - start > seconds:
                 return best
         n = min(2 * n, 8192)
 
