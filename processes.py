@@ -2,9 +2,11 @@
 
     with signals_as_ctrl_c():        SIGTERM and SIGHUP clean up as Ctrl-C does
     with temporary_folder(...):      removed at the end; after a SIGKILL, by the next process
+    start_worker(function, ...)      ends when told to, at a signal, and at the end of the program
     python processes.py SCRIPT ...   run a script that ends when its standard input closes, as it
                                      does when whoever started it is killed
 """
+import multiprocessing
 import os
 import platform
 import runpy
@@ -13,9 +15,11 @@ import signal
 import sys
 import threading
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 STOPPED = 130                                                    # exit code at Ctrl-C, as in shells
+STOPPING = {signal.SIGINT, signal.SIGTERM}
 
 
 @contextmanager
@@ -42,6 +46,27 @@ def signals_as_ctrl_c():
         if not came:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def worker_process(function, *args):
+    """function(*args) in a process of its own, which a signal ends without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    function(*args)
+
+
+def start_worker(function, *args):
+    """(process, pipe to it) of a worker that calls function(its end of the pipe, *args)."""
+    spawn = multiprocessing.get_context('spawn')
+    pipe, workers_end = spawn.Pipe()
+    process = spawn.Process(target=worker_process, daemon=True,
+                            args=(function, workers_end, *args))
+    resource_tracker.ensure_running()                            # which would unblock them
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)           # here, and in it until it works
+    process.start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    workers_end.close()                              # so that the worker's death closes the pipe
+    return process, pipe
 
 
 def is_alive(pid):

@@ -21,19 +21,16 @@ import math
 import multiprocessing
 import random
 import re
-import signal
 import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
 from functools import partial
 from json import dumps
-from multiprocessing import resource_tracker
 from pathlib import Path
 from statistics import median
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
@@ -46,14 +43,13 @@ from lab import plan
 from lab.plan import gain_of_fp8
 from lab.roofline import (
     WAYS,
-    linears,
     roofline,
     work_of_a_block,
     work_of_a_step,
 )
 from model import Xmodel, XmodelConfig, rope_angles
 from muon import has_bf16
-from processes import STOPPED, signals_as_ctrl_c
+from processes import STOPPED, signals_as_ctrl_c, start_worker
 
 variants = 'ours-eager,ours-compiled,granite-eager,granite-compiled'    # also fp8-, dynamic-
 fp8 = False                   # bf16 beside FP8 at 1.3B: roofline and, on a GPU, measured
@@ -161,16 +157,6 @@ def worker(pipe, variant, c, B, device, dtype):
         pipe.send(f'{type(e).__name__}: {str(e)[:150]!r}')
 
 
-STOPPING = {signal.SIGINT, signal.SIGTERM}
-
-
-def worker_process(*args):
-    """worker(*args) in a process of its own, which a signal ends without a word."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-    worker(*args)
-
-
 # --------------------------------------------------------------------------------------------------
 # Training: the process that directs them
 
@@ -184,20 +170,6 @@ def ask(variant, pipe):
     if isinstance(answer, str):
         fail(f'{variant}: {answer}; --variants=... leaves it out')
     return answer
-
-
-def start_worker(variant, c, device, dtype):
-    """(process, pipe to it) of a variant's worker."""
-    spawn = multiprocessing.get_context('spawn')
-    pipe, workers_end = spawn.Pipe()
-    process = spawn.Process(target=worker_process, daemon=True,
-                            args=(workers_end, variant, c, batch_size, device, dtype))
-    resource_tracker.ensure_running()                            # which would unblock them
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)           # here, and in it until it works
-    process.start()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-    workers_end.close()                              # so that the worker's death closes the pipe
-    return process, pipe
 
 
 def measure_steps(names, c, vocabs, device, dtype):
@@ -219,7 +191,8 @@ def measure_steps(names, c, vocabs, device, dtype):
 
     for V, name in itertools.product(vocabs, names):
         bar.set_postfix_str(f'{name}, vocabulary {V:,}')
-        process, pipes[name] = start_worker(name, replace(c, vocab_size=V), device, dtype)
+        process, pipes[name] = start_worker(worker, name, replace(c, vocab_size=V), batch_size,
+                                            device, dtype)
         for _ in range(2):                                       # compile; have AdamW's state
             _, peaks[name][V] = ask(name, pipes[name])
         timed = V == c.vocab_size
@@ -352,52 +325,8 @@ def kept_bytes(c, B, fp8):
         return sum(storages.values())
 
 
-def compiled_linear(like, way, device):
-    """(a compiled linear as large as `like`, its FP8 scaling or None)."""
-    model = nn.Module()
-    model.blocks = nn.ModuleList([nn.Linear(like.in_features, like.out_features, bias=False)])
-    model.to(device)
-    scaling = None
-    if way != 'bf16':
-        scaling = convert_to_float8(model, way == 'dynamic')
-    layer = model.blocks[0]
-    layer.compile(dynamic=False)
-    return layer, scaling
-
-
-def time_linears(c, B, device, passes=20):
-    """{name: {way: seconds a pass in each round}} of a block's linears, compiled.
-
-    A pass is forward and backward; many follow one another, so that a GPU waits for none. Amaxes
-    are collected after them, untimed: a model does that once for all its layers.
-    """
-    seconds, n_warmup = {}, 3                                    # rounds to compile and warm up
-    for name, like in linears(c).items():
-        seconds[name] = {way: [] for way in WAYS}
-        layers = {way: compiled_linear(like, way, device) for way in WAYS}
-        M = B * c.block_size
-        x = torch.randn(M, like.in_features, device=device, dtype=torch.bfloat16)
-        grad = torch.randn(M, like.out_features, device=device, dtype=torch.bfloat16)
-        x.requires_grad_()
-        for i in range(n_warmup + rounds):
-            for way, (layer, scaling) in layers.items():
-                began = time.perf_counter()
-                for _ in range(passes):
-                    x.grad = layer.weight.grad = None
-                    with torch.autocast(device, torch.bfloat16):
-                        y = layer(x)
-                    y.backward(grad)
-                if device == 'cuda':
-                    torch.cuda.synchronize()
-                if i >= n_warmup:
-                    seconds[name][way].append((time.perf_counter() - began) / passes)
-                if scaling:
-                    scaling.update(scaling.collect())
-    return seconds
-
-
 def compare_fp8(c, B, device):
-    """--fp8: the estimate, memory and, on a GPU with FP8 units, each linear measured -> figures."""
+    """--fp8: the estimate, and memory -> figures."""
     plain = kept_bytes(c, B, fp8=False)
     eight = kept_bytes(c, B, fp8=True)                           # ValueError: sizes FP8 refuses
     print_roofline(c, B)
@@ -412,20 +341,7 @@ def compare_fp8(c, B, device):
           '(Counted in eager mode on a CPU, with the bf16 copies\nof weights that FP8 does not '
           'need.)')
     if device != 'cuda':
-        print('\nThere is no GPU here: nothing was measured. On one, this times each linear and '
-              'the whole step.')
-        return figures
-
-    figures['linears_s'] = time_linears(c, B, device)
-    torch.cuda.empty_cache()                                     # is for other processes now
-    print('\nMeasured, forward and backward of a linear, medians of rounds taken in turn:')
-    for name, times in figures['linears_s'].items():
-        cells = [f'{median(times[way]) * 1e6:9,.0f} us {way}' for way in WAYS]
-        gains = []
-        for way in ('delayed', 'dynamic'):
-            gain = median(a / b for a, b in zip(times['bf16'], times[way]))
-            gains.append(f'{gain:.2f}')
-        print(f'{name:13}{"".join(cells)}; gain {", ".join(gains)}')
+        print('\nThere is no GPU here: nothing was measured. On one, this times the whole step.')
     return figures
 
 

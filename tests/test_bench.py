@@ -10,9 +10,8 @@ import pytest
 import torch
 from conftest import run
 from test_model import granite as oracle
-from torch import nn
 
-from lab import bench, roofline
+from lab import bench
 from model import Xmodel, XmodelConfig
 
 C = XmodelConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=64, n_ffn=96, vocab_size=96, block_size=8)
@@ -88,14 +87,6 @@ def test_fp8_keeps_a_byte_a_value_of_the_linears_inputs():
     # attention keeps its output for itself; no bf16 copies of the weights; 14 numbers of scaling
     assert bench.kept_bytes(c, B, False) - bench.kept_bytes(c, B, True) == \
         M * (2 * C_ + F) - M * C_ + 2 * weights - 4 * 56
-
-
-def test_linears_are_timed(monkeypatch):
-    monkeypatch.setattr(bench, 'rounds', 2)
-    monkeypatch.setattr(nn.Module, 'compile', lambda self, **kw: None)
-    found = bench.time_linears(replace(C, block_size=16), 1, 'cpu', passes=1)
-    assert list(found) == ['attn.qkv', 'attn.out', 'ffn.gate_up', 'ffn.down']
-    assert all([len(times[way]) for way in roofline.WAYS] == [2, 2, 2] for times in found.values())
 
 
 def test_without_a_gpu_fp8_prints_the_estimate_and_says_so(tmp_path):
