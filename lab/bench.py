@@ -5,6 +5,8 @@
     python -m lab.bench --device=cuda --batch_size=16 --json=bench.json
     python -m lab.bench --variants=ours-compiled,fp8-compiled,dynamic-compiled      # FP8, here
     python -m lab.bench --fp8                        # at 1.3B: an estimate; on a GPU also measured
+    python -m lab.bench gpu                          # all that an H100 can tell in eight minutes:
+                                                     # see gpu.py
     python -m lab.bench config/xmodel25.py --plan --gpus=8       # what a run will take: see plan.py
     python -m lab.bench --generate                   # decoding and multiple choice, beside
                                                      # transformers and lm-evaluation-harness
@@ -39,7 +41,7 @@ from configurator import check_range, configure, fail, knob_values
 from export import hf_config
 from fp8 import convert_to_float8
 from hardware import GPUS, gemm_flops
-from lab import plan
+from lab import gpu, plan
 from lab.plan import gain_of_fp8
 from lab.roofline import (
     WAYS,
@@ -341,7 +343,8 @@ def compare_fp8(c, B, device):
           '(Counted in eager mode on a CPU, with the bf16 copies\nof weights that FP8 does not '
           'need.)')
     if device != 'cuda':
-        print('\nThere is no GPU here: nothing was measured. On one, this times the whole step.')
+        print('\nThere is no GPU here: nothing was measured. On one, this times the whole step,\n'
+              'and python -m lab.bench gpu what it consists of.')
     return figures
 
 
@@ -539,7 +542,9 @@ if __name__ == '__main__':
                          variants='ours-compiled,fp8-compiled,dynamic-compiled')
     try:
         with signals_as_ctrl_c():
-            if '--plan' in sys.argv:
+            if 'gpu' in sys.argv[1:2]:
+                gpu.main(sys.argv[2:])
+            elif '--plan' in sys.argv:
                 plan.main([arg for arg in sys.argv[1:] if arg != '--plan'])
             else:
                 configure(globals())
