@@ -487,10 +487,12 @@ def ask(part, process, pipe, limit):
         yield 'failed', f'its process was killed, or crashed: exit code {process.exitcode}'
 
 
-def end_worker(process, pipe):
+def end_worker(process, pipe, patience=0):
+    """End a worker; one that waits for a part ends by itself, within the seconds of patience."""
+    pipe.close()
+    process.join(patience)
     process.kill()
     process.join()
-    pipe.close()
 
 
 def run_parts(wanted):
@@ -515,9 +517,11 @@ def run_parts(wanted):
                     figures[label] = values
                     save(found)
                 figures['took'] = {'s': time.monotonic() - began}
-            needed = part.process in [later.process for later in wanted[i + 1:]]
-            if part.process in workers and ('failed' in figures or not needed):
-                end_worker(*workers.pop(part.process))           # and its memory is free
+            later = [part.process for part in wanted[i + 1:]]
+            if 'failed' in figures:
+                end_worker(*workers.pop(part.process))
+            elif part.process in workers and part.process not in later:       # free its memory
+                end_worker(*workers.pop(part.process), patience=10)
             save(found)
     finally:                                                     # also at Ctrl-C
         for process_and_pipe in workers.values():
