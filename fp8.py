@@ -127,7 +127,9 @@ def observe(x, fmt, record, mode):
     record.amax becomes the maximum over the micro-batches of a step; a NaN stays.
     """
     magnitude = x.detach().abs().float()
-    amax = magnitude.amax()
+    # By rows first: inductor splits a full reduction into two kernels and then fuses neither with
+    # the rounding of x (pytorch issue 143464, ao issue 1469).
+    amax = magnitude.amax(-1).amax()
     scale = record.scale
     if mode.own_amax:
         scale = scale_for(amax, torch.finfo(fmt).max / 2**mode.margin, scale)
