@@ -153,21 +153,22 @@ class Float8Matmul(torch.autograd.Function):
     def forward(ctx, x, weight, scales, grad_amax, grad_scale, grad_lost, mode, dtype):
         x8 = quantise(x, scales[INPUT], E4M3)
         w8 = quantise(weight, scales[WEIGHT], E4M3)
-        # the input is kept in FP8: a byte a value
-        ctx.save_for_backward(x8, weight, scales, grad_amax, grad_scale, grad_lost)
+        # The backward pass reads the input once, transposed, in the gradient of the weight. So this
+        # is what is kept, at a byte a value, and it is written while x8 is at hand.
+        ctx.save_for_backward(transposed(x8), weight, scales, grad_amax, grad_scale, grad_lost)
         ctx.mode, ctx.x_dtype, ctx.dtype = mode, x.dtype, dtype
         return gemm(x8, w8.mT, scales[INPUT], scales[WEIGHT], dtype, fast=True)
 
     @staticmethod
     def backward(ctx, grad):                                                 # (N, out)
-        x8, weight, scales, *grad_record = ctx.saved_tensors
+        x8_t, weight, scales, *grad_record = ctx.saved_tensors
         x_scale, w_scale = scales
         grad_format = ctx.mode.grad_format
         g_scale = observe(grad, grad_format, Record(*grad_record), ctx.mode)
         g8 = quantise(grad, g_scale, grad_format)
         w8 = quantise(weight, w_scale, E4M3)
         grad_x = gemm(g8, transposed(w8).mT, g_scale, w_scale, ctx.dtype)                # (N, in)
-        grad_w = gemm(transposed(g8), transposed(x8).mT, g_scale, x_scale, ctx.dtype)    # (out, in)
+        grad_w = gemm(transposed(g8), x8_t.mT, g_scale, x_scale, ctx.dtype)               # (out, in)
         return grad_x.to(ctx.x_dtype), grad_w.to(weight.dtype), None, None, None, None, None, None
 
 
