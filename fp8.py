@@ -127,8 +127,8 @@ def observe(x, fmt, record, mode):
     record.amax becomes the maximum over the micro-batches of a step; a NaN stays.
     """
     magnitude = x.detach().abs().float()
-    # By rows first: inductor splits a full reduction into two kernels and then fuses neither with
-    # the rounding of x (pytorch issue 143464, ao issue 1469).
+    # By rows first: inductor splits a reduction to a scalar into two kernels and fuses neither with
+    # the rounding of x (pytorch 143464, torchao 1469).
     amax = magnitude.amax(-1).amax()
     scale = record.scale
     if mode.own_amax:
@@ -145,57 +145,69 @@ def observe(x, fmt, record, mode):
 class Float8Matmul(torch.autograd.Function):
     """x (N, in), weight (out, in) -> x · weightᵀ (N, out), with all three GEMMs in FP8.
 
-    scales (2,): those of x and weight. The gradient has not been computed yet: its record goes to
-    the backward pass. (In three arguments, as autograd sees no tensors inside a tuple.)
+    w8, w8_t (in, out), w_scale: the rounded weight. (The weight itself is here for its gradient.)
+    The output's gradient has not been computed yet: its record goes to the backward pass. (In three
+    arguments, as autograd sees no tensors inside a tuple.)
     """
 
     @staticmethod
-    def forward(ctx, x, weight, scales, grad_amax, grad_scale, grad_lost, mode, dtype):
-        x8 = quantise(x, scales[INPUT], E4M3)
-        w8 = quantise(weight, scales[WEIGHT], E4M3)
+    def forward(ctx, x, weight, w8, w8_t, w_scale, x_scale, grad_amax, grad_scale, grad_lost, mode,
+                dtype):
+        x8 = quantise(x, x_scale, E4M3)
         # The backward pass reads the input once, transposed, in the gradient of the weight. So this
         # is what is kept, at a byte a value, and it is written while x8 is at hand.
-        ctx.save_for_backward(transposed(x8), weight, scales, grad_amax, grad_scale, grad_lost)
-        ctx.mode, ctx.x_dtype, ctx.dtype = mode, x.dtype, dtype
-        return gemm(x8, w8.mT, scales[INPUT], scales[WEIGHT], dtype, fast=True)
+        ctx.save_for_backward(transposed(x8), w8_t, x_scale, w_scale, grad_amax, grad_scale,
+                              grad_lost)
+        ctx.mode, ctx.x_dtype, ctx.w_dtype, ctx.dtype = mode, x.dtype, weight.dtype, dtype
+        return gemm(x8, w8.mT, x_scale, w_scale, dtype, fast=True)
 
     @staticmethod
     def backward(ctx, grad):                                                 # (N, out)
-        x8_t, weight, scales, *grad_record = ctx.saved_tensors
-        x_scale, w_scale = scales
+        x8_t, w8_t, x_scale, w_scale, *grad_record = ctx.saved_tensors
         grad_format = ctx.mode.grad_format
         g_scale = observe(grad, grad_format, Record(*grad_record), ctx.mode)
         g8 = quantise(grad, g_scale, grad_format)
-        w8 = quantise(weight, w_scale, E4M3)
-        grad_x = gemm(g8, transposed(w8).mT, g_scale, w_scale, ctx.dtype)                # (N, in)
-        grad_w = gemm(transposed(g8), x8_t.mT, g_scale, x_scale, ctx.dtype)               # (out, in)
-        return grad_x.to(ctx.x_dtype), grad_w.to(weight.dtype), None, None, None, None, None, None
+        grad_x = gemm(g8, w8_t.mT, g_scale, w_scale, ctx.dtype)                          # (N, in)
+        grad_w = gemm(transposed(g8), x8_t.mT, g_scale, x_scale, ctx.dtype)              # (out, in)
+        return grad_x.to(ctx.x_dtype), grad_w.to(ctx.w_dtype), *[None] * 9
 
 
 class Float8Linear(nn.Linear):
     """A linear without bias with its GEMMs in FP8; convert_to_float8 makes them of nn.Linears.
 
     amax, scale (3,) and lost (3, 2) hold a Record for each of ROLES; scaling is the model's
-    DelayedScaling. Each forward pass with gradients should be followed by its backward pass: the
-    gradient's amax is noted there, and a history without it would keep the old scale.
+    DelayedScaling. rounded: what round_weight returned for this step's micro-batches; None outside
+    of them: each forward pass then rounds the weight as it is. Each forward pass with gradients
+    should be followed by its backward pass: the gradient's amax is noted there, and a history
+    without it would keep the old scale.
     """
 
     def forward(self, x):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        amax, scale, lost = self.amax, self.scale, self.lost
+        records, mode = self.records(), self.scaling.mode()
         if not torch.is_grad_enabled():
             # Evaluation and generation should leave no trace. (A checkpointed block, which is
             # computed twice, has gradients both times: the same amaxes, so the same maximum.)
-            amax, scale, lost = amax.clone(), scale.clone(), lost.clone()
-        records = [Record(amax[role], scale[role], lost[role]) for role in range(len(ROLES))]
-        mode = self.scaling.mode()
+            records = [Record(*(t.clone() for t in record)) for record in records]
         rows = x.reshape(-1, x.size(-1))                                     # (N, in)
-        with torch.no_grad():
-            scales = torch.stack([observe(rows, E4M3, records[INPUT], mode),
-                                  observe(self.weight, E4M3, records[WEIGHT], mode)])
-        y = Float8Matmul.apply(rows, self.weight, scales, *records[GRADIENT], mode, dtype)
+        x_scale = observe(rows, E4M3, records[INPUT], mode)
+        rounded = self.rounded
+        if rounded is None:
+            rounded = self.round_weight(records[WEIGHT], mode)
+        y = Float8Matmul.apply(rows, self.weight, *rounded, x_scale, *records[GRADIENT], mode,
+                               dtype)
         return y.view(*x.shape[:-1], -1)                                     # (..., out)
+
+    def records(self):
+        return [Record(self.amax[i], self.scale[i], self.lost[i]) for i in range(len(ROLES))]
+
+    def round_weight(self, record, mode):
+        """(weight in FP8 (out, in), the same transposed, its scale)."""
+        weight = self.weight.detach()
+        scale = observe(weight, E4M3, record, mode)
+        w8 = quantise(weight, scale, E4M3)
+        return w8, transposed(w8), scale
 
 
 def convert_to_float8(model, dynamic=False, history_len=128, margin=0, grad_format=E5M2):
@@ -220,6 +232,7 @@ def convert_to_float8(model, dynamic=False, history_len=128, margin=0, grad_form
         layer.amax = torch.zeros(3, device=device)
         layer.scale = torch.ones(3, device=device)
         layer.lost = torch.zeros(3, 2, device=device)
+        layer.rounded = None
     scaling = WatchedScaling(layers, dynamic, history_len, margin, grad_format)
     for layer in layers.values():
         layer.scaling = scaling
@@ -255,8 +268,19 @@ class DelayedScaling:
     def mode(self):
         return Mode(self.margin, self.grad_format, self.own_amax, self.watched)
 
+    def round_weights(self):
+        """Before a step's micro-batches: round the weights once for all of them.
+
+        Neither weights nor scales change within a step. What is held, two bytes a weight, ends with
+        `collect`, so that nothing rounded before an update is used after it.
+        """
+        for layer in self.layers.values():
+            layer.rounded = layer.round_weight(layer.records()[WEIGHT], self.mode())
+
     def collect(self):
         """After the backward passes of a step: its amaxes, (layers, roles), over all ranks."""
+        for layer in self.layers.values():
+            layer.rounded = None
         amax = torch.stack(self.amaxes)
         torch._foreach_zero_(self.amaxes)
         if dist.is_initialized():                                # one collective for all layers

@@ -116,6 +116,8 @@ class Compiler:
             return
         self.compiled_for = graph
         device = next(self.model.parameters()).device
+        if self.scaling:
+            self.scaling.round_weights()                         # as a step does: the same graphs
         print_once(try_compile(self.model, x.to(device), y.to(device), self.autocast))
         if self.scaling:
             torch._foreach_zero_(self.scaling.amaxes)            # those of the trial

@@ -317,6 +317,7 @@ def main(knobs, given, defaults):
         clock.mark()
         if scaling:
             scaling.watch(fp8_monitor and step % log_interval == 0)
+            scaling.round_weights()                              # once for all micro-batches
         with replaying(step == replay, step, phase, batch_rows, model):
             loss = forward_backward(net, micro_batches, n_targets.clamp(min=1), autocast)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)

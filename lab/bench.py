@@ -121,6 +121,8 @@ def make_step(kind, mode, c, B, device, dtype):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step():
+        if scaling:
+            scaling.round_weights()
         with torch.autocast(device, torch.bfloat16, enabled=dtype == 'bfloat16'):
             if kind == 'granite':
                 loss = compiled_model(x, labels=x).loss
@@ -313,8 +315,12 @@ def kept_bytes(c, B, fp8):
 
     with FakeTensorMode():                                       # shapes, no data
         model = Xmodel(replace(c, n_layer=1))
+        weights = list(model.parameters())
         if fp8:
-            convert_to_float8(model)
+            scaling = convert_to_float8(model)
+            scaling.round_weights()
+            for layer in scaling.layers.values():
+                weights += layer.rounded[:2]
         x = torch.zeros(B, c.block_size, c.n_embd, requires_grad=True)
         angles = rope_angles(torch.arange(c.block_size), c.hd, c.rope_theta)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), \
@@ -322,8 +328,8 @@ def kept_bytes(c, B, fp8):
             model.blocks[0](x, *angles)
         # tensors can share a storage, which counts once
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}
-        for p in model.parameters():
-            storages.pop(p.untyped_storage()._cdata, None)
+        for weight in weights:
+            storages.pop(weight.untyped_storage()._cdata, None)
         return sum(storages.values())
 
 
