@@ -696,6 +696,30 @@ def test_the_forward_gemm_alone_adds_up_with_fewer_bits_on_a_gpu(monkeypatch):
     assert fast == [True, False, False]                          # output, and the two gradients
 
 
+def test_a_gpu_writes_the_weights_gradient_in_fp32_and_takes_all_layouts(monkeypatch):
+    kinds, real = [], torch._scaled_mm
+
+    def scaled_mm(a, b, **how):
+        kinds.append(how['out_dtype'])
+        return real(a, b, **how)                                 # RuntimeError: a layout it refuses
+
+    monkeypatch.setattr(torch, '_scaled_mm', scaled_mm)
+    # (autograd and copy_ would want a real GPU)
+    monkeypatch.setattr(fp8, 'observe', lambda x, fmt, record, mode: record.scale)
+    layer, scaling = linear(64, 96)
+    with FakeTensorMode():
+        x, grad = (torch.empty(32, n, dtype=torch.bfloat16, device='cuda') for n in (64, 96))
+        layer.weight = nn.Parameter(torch.empty(96, 64, device='cuda'))
+        record = fp8.Record(*(torch.empty(size, device='cuda') for size in ((), (), 2)))
+        rounded = layer.round_weight(record, scaling.mode())
+        ctx = SimpleNamespace(save_for_backward=lambda *t: setattr(ctx, 'saved_tensors', t))
+        fp8.Float8Matmul.forward(ctx, x, layer.weight, *rounded, record.scale, *record,
+                                 scaling.mode(), torch.bfloat16)
+        grad_x, grad_w, *_ = fp8.Float8Matmul.backward(ctx, grad)
+    assert kinds == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert (grad_x.shape, grad_w.shape, grad_w.dtype) == ((32, 64), (96, 64), torch.float32)
+
+
 @pytest.mark.parametrize('case', ['row-major second', 'inner size', 'outer size'])
 def test_a_gpu_refuses_other_layouts(case):
     a, b = torch.empty(64, 32, dtype=E4M3), torch.empty(48, 32, dtype=E4M3).mT
