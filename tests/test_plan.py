@@ -79,10 +79,7 @@ def test_a_micro_batch_takes_the_time_of_its_own_way_of_scaling():
 def test_seconds_are_those_that_an_h100_took():
     for m in plan.MEASURED:
         if m.compiled and m.rows * m.T > 10_000:
-            c = replace(XmodelConfig(), block_size=m.T)
-            planned = roofline.seconds_of_a_micro_batch(c, m.rows, roofline.GPUS['h100'], m.fp8,
-                                                        m.checkpointing)
-            assert planned == pytest.approx(m.seconds, rel=0.1), m
+            assert m.planned()[1] == pytest.approx(m.seconds, rel=0.1), m
 
 
 def test_seconds_in_the_table_are_those_that_were_noted_when_an_h100_took_them():
@@ -101,7 +98,7 @@ def test_the_log_of_an_h100_has_the_planned_tokens_a_second(name, rows, T):
     lines = (ROOT / 'results/h100/log.jsonl').read_text().splitlines()
     logged = [line['tok_per_s'] for line in map(json.loads, lines) if line['phase'] == name]
     seconds = roofline.seconds_of_a_micro_batch(replace(XmodelConfig(), block_size=T), rows,
-                                                roofline.GPUS['h100'], fp8=True)
+                                                roofline.GPUS['h100'], roofline.AS_MEASURED)
     assert rows * T / seconds == pytest.approx(statistics.median(logged), rel=0.08)
 
 
@@ -136,16 +133,21 @@ def status(key):
     return 1024 * int(re.search(key + r':\\s+(\\d+)', Path('/proc/self/status').read_text())[1])
 
 def step(x):
+    if fp8:
+        scaling.round_weights()
     with torch.autocast('cpu', torch.bfloat16, enabled=bool(bf16)):
         loss = model(x, x)[1]
     loss.backward()
+    if fp8:
+        scaling.collect()
 
 model = Xmodel(XmodelConfig(*shape))
 model.activation_checkpointing = bool(checkpointing)
 for p in model.parameters():
     p.grad = torch.zeros_like(p)
 if fp8:
-    convert_to_float8(model).own_amax = False
+    scaling = convert_to_float8(model)
+    scaling.own_amax = False
 step(torch.zeros(1, 16, dtype=torch.long))
 gc.collect()
 before = status('VmRSS')
@@ -196,17 +198,22 @@ class LossThatTheH100Ran(torch.autograd.Function):
         return grad_x * grad, grad_w * grad, None, None
 
 
-def test_memory_is_what_an_h100_took(monkeypatch):
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_the_loss_that_an_h100_ran_held_more_by_what_the_plan_says(checkpointing, monkeypatch):
+    c = replace(XmodelConfig(), n_layer=2, block_size=3712)
+    today = plan.peak_of_a_step(c, 4, checkpointing)[1]
     monkeypatch.setattr('model.chunked_cross_entropy', LossThatTheH100Ran.apply)
-    plan.activations.cache_clear()
+    then = plan.peak_of_a_step(c, 4, checkpointing)[1]
+    assert then - today == pytest.approx(plan.LOSS_AS_MEASURED, rel=0.01)
+
+
+def test_memory_is_what_an_h100_took():
     for m in plan.MEASURED:
-        planned = plan.activations(replace(XmodelConfig(), block_size=m.T), m.rows, m.checkpointing,
-                                   m.fp8)
+        planned = m.planned()[0]
         if m.compiled:                                           # holds less
             assert 0.6 < m.peak / planned < 0.83, m
         else:
             assert planned == pytest.approx(m.peak, rel=0.015), m
-    plan.activations.cache_clear()
 
 
 @pytest.mark.parametrize('again', [False, True])
