@@ -164,6 +164,7 @@ def both_models():
     micro_batch(in_fp8, random_ids(1, 64, plain.config))
     scaling.update(scaling.collect())
     assert not scaling.own_amax
+    scaling.round_weights()                                      # once a step: see time_optimizers
     for model in (plain, in_fp8):
         model.set_compiled(compile)
     return {'bf16': plain, 'FP8': in_fp8}
@@ -270,14 +271,15 @@ LR_0 = {'learning_rate': 0.0, 'embedding_lr': 0.0}               # leaves weight
 
 
 def time_optimizers():
-    """Clipping, AdamW and Muon, each with gradients that are not 0."""
-    model = both_models()['bf16']
+    """Clipping, AdamW and Muon, each with gradients that are not 0; FP8's weights, once a step."""
+    model, in_fp8 = both_models().values()
 
     def new_gradients():
         for p in model.parameters():
             p.grad = torch.randn_like(p)
 
-    ways = {'clipping': lambda: clip_grad_norm_(model.parameters(), 1.0)}
+    ways = {'clipping': lambda: clip_grad_norm_(model.parameters(), 1.0),
+            'rounding weights': in_fp8.blocks[0].ffn.down.scaling.round_weights}
     for kind in ('adamw', 'muon'):
         ways[kind] = partial(step_all, make_optimizers(kind, model.param_groups()), LR_0)
     for name, seconds in take_turns(ways, before=new_gradients).items():
