@@ -122,7 +122,7 @@ def test_all_that_a_cpu_can_do(tiny):
                              'proxy']
     assert figures['machine']['GEMM FP8']['TFLOP/s'] > 0
     assert figures['step 2 x 16']['FP8']['times as fast as bf16'] > 0
-    assert list(figures['optimizers']) == ['clipping', 'adamw', 'muon']
+    assert list(figures['optimizers']) == ['clipping', 'rounding weights', 'adamw', 'muon']
     assert figures['attention']['FLASH_ATTENTION 2 x 16']['TFLOP/s'] > 0
     assert 'No viable backend' in figures['attention']['CUDNN_ATTENTION 2 x 16']
     assert 'flash_attn_interface' in figures['attention']['FA3 2 x 16']
