@@ -42,7 +42,7 @@ from tqdm import tqdm
 from checkpoint import load_model, read_checkpoint, replace_file, to_json
 from configurator import check_range, configure, fail, int_list, knob_values
 from distributed import usable_device
-from generate import complete
+from generate import complete, weights_dtype
 from loader import get_windows, open_data
 from processes import STOPPED, signals_as_ctrl_c
 from tokenizer import EOS_ID, OtherTokenizer, tokenizer_of
@@ -50,6 +50,7 @@ from tokenizer import EOS_ID, OtherTokenizer, tokenizer_of
 checkpoint = 'out/proxy20m'   # a step_N.pt, or a run's folder: its newest checkpoint
 data_dir = ''                 # where the data sets are; '': where training had them
 device = 'cpu'                # or 'cuda', 'mps'
+dtype = 'float32'             # 'auto' | 'bfloat16' | 'float32': of weights; fp32 is for tables
 # --- held-out text and sums: without --tasks ---
 eval_tokens = 50_000          # of each validation set, at most
 problems = 400                # held-out problems, at most
@@ -65,7 +66,6 @@ lengths = '2048,4096,8192,16384'  # of wikitext2's windows, in tokens
 batch_tokens = 8192           # tokens at a time in lm-eval's tasks
 allow_code_execution = False  # let tasks run programs that the model wrote
 resume = False                # keep the scores of tasks that are finished
-dtype = 'float32'             # 'float32' | 'bfloat16': of weights
 
 # task of lm-eval: shots, metric, Xmodel-2.5's score if its paper has it, and after stable 1
 PAPER = {
@@ -217,7 +217,7 @@ def score_held_out(model, about, table):
         for name in names:
             loss, bits_per_byte = validation_loss(model, data[name], block_size)
             losses[name] = {'loss': loss, 'bits_per_byte': bits_per_byte,
-                            'block_size': block_size, 'eval_tokens': eval_tokens}
+                            'block_size': block_size, 'eval_tokens': eval_tokens, 'dtype': dtype}
     table['validation'] = losses
     table['problems'] = {}
     if problems:
@@ -479,6 +479,7 @@ def main():
             left_out = run_tasks(wanted, about, table, save)
         else:
             model, about = load_model(about, device)
+            model.to(weights_dtype(dtype, device))
             score_held_out(model, about, table)
         save()
         print(markdown(of_this_call(table, wanted, left_out)), end='', flush=True)

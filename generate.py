@@ -14,6 +14,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import rope_angles
+from muon import matmul_dtype
+
+
+def weights_dtype(name, device):
+    """The torch.dtype 'bfloat16' or 'float32'; of 'auto', bf16 where the device has units for it.
+
+    model.to(torch.bfloat16) takes norm gains and the KV cache along, as transformers does: a norm
+    still computes in fp32, and so do RoPE's angles and the softmax over the logits.
+    """
+    if name == 'auto':
+        return matmul_dtype(torch.device(device).type)
+    return getattr(torch, name)
+
 
 # --------------------------------------------------------------------------------------------------
 # One pass over what is new
@@ -39,7 +52,8 @@ def sliced_linear(x, weight):
     """x (..., K), weight (N, K) -> (..., N)."""
     N, K = weight.shape
     rows = x.numel() // K
-    if x.device.type != 'cpu' or rows > 16 or N % SLICES:
+    # (in bf16 the whole product is 1.2 times as fast as slices, at the proxy's sizes)
+    if x.device.type != 'cpu' or x.dtype == torch.bfloat16 or rows > 16 or N % SLICES:
         return F.linear(x, weight)
     copies = x.reshape(1, rows, K).expand(SLICES, rows, K)         # takes no memory
     slices = weight.view(SLICES, N // SLICES, K)
@@ -104,7 +118,7 @@ class Decoder:
             new.k[:, :, :self.end] = old.k[:, :, :self.end]
             new.v[:, :, :self.end] = old.v[:, :, :self.end]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, idx):
         T, first = idx.size(1), self.end
         self.reserve(first + T)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from checkpoint import load_model
 from configurator import check_range, configure, fail
 from distributed import usable_device
-from generate import Decoder, common_prefix, complete
+from generate import Decoder, common_prefix, complete, weights_dtype
 from processes import STOPPED
 from tokenizer import OtherTokenizer, chat_prompt, tokenizer_of
 
@@ -51,6 +51,7 @@ batch_size = 8                # samples at a time
 format = 'text'               # 'text' | 'json'
 seed = 1337
 compile = False               # compile a step: a minute at first, and then twice as fast
+dtype = 'float32'             # 'auto' | 'bfloat16' | 'float32': of weights; auto: see generate.py
 device = 'cpu'                # or 'cuda', 'mps'; at batch 1 a small model is fast enough on a CPU
 
 
@@ -247,6 +248,7 @@ def main():
         prompts = read_batch(batch) if batch else [(text, None)]
         generator = torch.Generator(usable_device(device)).manual_seed(seed)
         model, about = load_model(checkpoint, device)
+        model.to(weights_dtype(dtype, device))
         tokenizer = tokenizer_of(about)
     except ValueError as e:
         fail(e)

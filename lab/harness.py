@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from checkpoint import load_model
 from configurator import fail, int_list
-from generate import KVCache, common_prefix, complete
+from generate import KVCache, common_prefix, complete, weights_dtype
 from lab.sandbox import CodeEval
 from model import rope_angles
 from tokenizer import CHAT_TEMPLATE, OtherTokenizer, chat_prompt, tokenizer_of
@@ -224,7 +224,7 @@ class XmodelLM(TemplateLM):
             device = 'cpu'                                         # lm-eval's default is cuda:0
         self._device = torch.device(device)
         self.model, self.about = load_model(pretrained, self._device)
-        self.model.to(getattr(torch, dtype))
+        self.model.to(weights_dtype(dtype, self._device))
         self.tokenizer = tokenizer_of(self.about)
         self.max_length = max_length or self.model.config.block_size
         self.batch_tokens = batch_tokens

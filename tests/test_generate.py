@@ -10,9 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT, make_chain, refused, run
-from test_model import TINY, build, ids, one_thread  # noqa: F401             (a fixture)
+from test_model import TINY, build, granite, ids, one_thread  # noqa: F401             (a fixture)
 
 import generate
+import muon
 import sample
 from checkpoint import load_model
 from generate import Continuation, Decoder
@@ -119,6 +120,40 @@ def test_log_probabilities_are_those_of_the_whole_distribution():
     right = model.double()(torch.tensor([text]))[0][0].log_softmax(-1)
     for at, (token, logprob) in enumerate(drawn, len(prompt) - 1):
         assert abs(right[at, token].item() - logprob) < 1e-4
+
+
+def test_bf16_decodes_as_transformers_granite_in_bf16():
+    pytest.importorskip('transformers')
+    c = replace(TINY, residual_scale=60.0)
+    exact, model = build(c), build(c).to(torch.bfloat16)
+    theirs = granite(exact)[0].to(torch.bfloat16)
+    for layer in theirs.model.layers:
+        layer.residual_multiplier = 60.0 / c.n_layer**0.5
+    text = [ids(TINY, 9, seed=n).tolist() for n in (1, 2)]
+    decoder, far = Decoder(model, torch.zeros(2, dtype=torch.long)), 0
+    new = torch.tensor(text)
+    for _ in range(20):
+        logits = decoder(new)
+        assert decoder.caches[0].k.dtype == torch.bfloat16 and logits.dtype == torch.float32
+        with torch.no_grad():
+            right = exact(torch.tensor(text))[0][:, -1]
+            rounded = theirs(torch.tensor(text)).logits[:, -1].float()
+        error, their_error = ((x - right).norm() for x in (logits, rounded))
+        assert 0 < error < 2 * their_error + 1e-3 * right.norm()
+        best = right.topk(2).values
+        clear = best[:, 0] - best[:, 1] > 4 * (rounded - right).abs().amax()
+        assert (logits.argmax(-1) == right.argmax(-1))[clear].all()
+        far += int(clear.sum())
+        new = right.argmax(-1, keepdim=True)
+        text = [row + [token] for row, token in zip(text, new[:, 0].tolist())]
+    assert far > 10                                              # argmaxes were compared
+
+
+def test_auto_is_bf16_where_the_hardware_has_it(monkeypatch):
+    for units, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(muon, 'has_bf16', lambda device, units=units: units)
+        assert generate.weights_dtype('auto', 'cpu') == expected
+    assert generate.weights_dtype('bfloat16', 'cpu') == torch.bfloat16
 
 
 @pytest.mark.parametrize('rows, N, K', [(1, 64, 32), (8, 96, 40), (3, 60, 32), (40, 64, 32)])
