@@ -47,6 +47,7 @@ STOPPED = {   # script: (its arguments, a file that it reads, what it says)
     'export.py': (['run', 'new'], 'run/log.jsonl', 'export.py: stopped; nothing was written'),
     'lab.coord_check': (['--data_dir=run', '--out=new'], 'run/stdlib/meta.json',
                         'coord_check.py: stopped'),
+    'lab.speed': (['--redraw', '--out=run'], 'run/speed.json', 'speed.py: stopped'),
     'sample.py': (['run', '--batch=run/b.jsonl'], 'run/b.jsonl', '')}
 
 
