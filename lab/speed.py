@@ -148,9 +148,8 @@ def measure_muon(folder):
     with torch.device('meta'):
         shapes = [p.shape for p in Xmodel(c).blocks.parameters() if p.dim() == 2]
     figures = {'flops': sum(map(newton_schulz_flops, shapes)), 'threads': {}}
-    all_threads = torch.get_num_threads()
     ours, theirs = make_muons(shapes)
-    for threads in sorted({1, all_threads}):
+    for threads in sorted({1, torch.get_num_threads()}):         # so it ends with as many as before
         torch.set_num_threads(threads)
         seconds = {'ours': [], 'torch': [], 'gemm_flops': []}
         for i in tqdm(range(rounds + 1), desc=f'Muon, {threads} threads', leave=False,
@@ -164,7 +163,6 @@ def measure_muon(folder):
             if i > 0:
                 seconds['gemm_flops'].append(peak)
         figures['threads'][threads] = seconds
-    torch.set_num_threads(all_threads)
     return figures
 
 

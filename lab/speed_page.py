@@ -114,6 +114,8 @@ def verdict(rows):
             ahead += least > 1
             behind += most < 1
             between += least <= 1 <= most
+    if not ahead + behind + between:
+        return 'None of these compares with others.'
     return (f'Of {ahead + behind + between} comparisons with others, ours is ahead in every round '
             f'of {ahead}, behind in every round of {behind}, and {between} go either way.')
 
