@@ -242,7 +242,8 @@ def measure_ranks(folder):
     for i in range(min(rounds, 2)):
         for point in tqdm(points, desc='ranks', leave=False, disable=None):
             run = folder / f'{point["processes"]}-{point["threads"]}-{i}'
-            point['gemm_flops'].append(gemm_flops(CPU, getattr(torch, dtype_name()), SECONDS_OF_GEMM))
+            dtype = getattr(torch, dtype_name())
+            point['gemm_flops'].append(gemm_flops(CPU, dtype, SECONDS_OF_GEMM))
             train = [ROOT / 'train.py', config, f'--data_dir={data}', f'--out_dir={run}',
                      f'--compile={not quick}', f'--dtype={dtype_name()}', '--device=cpu']
             if point['processes'] > 1:
