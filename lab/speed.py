@@ -304,6 +304,8 @@ def main():
     page = speed_page.page(figures, has_picture).encode()
     replace_file(folder / 'speed.md', lambda f: f.write(page))
     print(folder / 'speed.md')
+    if not speed_page.curves_of(figures):
+        return
     if has_picture:
         speed_page.draw(figures, folder / 'speed.png')
     else:

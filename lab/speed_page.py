@@ -227,11 +227,16 @@ def table_of_ranks(points):
     return table(('processes x threads', 'tokens/s', 'of the GEMM peak of all threads'), rows)
 
 
+def curves_of(figures):
+    """The names of what the picture shows, of those parts that were measured."""
+    return [name for name in (*AXES, 'ranks') if name in figures]
+
+
 def gemm_of(figures):
     """FLOP/s of all GEMMs that were measured with all threads."""
     found = list(figures.get('work', {}).get('gemm_flops', ()))
-    for curve in (*AXES, 'ranks'):
-        for point in figures.get(curve, ()):
+    for curve in curves_of(figures):
+        for point in figures[curve]:
             found += point['gemm_flops']
     return found
 
@@ -255,15 +260,14 @@ compiling takes included; states are weights, gradients and AdamW's moments."""
 def page(figures, has_picture):
     """speed.md, as text; parts that were not measured are left out."""
     texts = ['# Speed and memory, measured', f'`{figures["command"]}`', describe_machine(figures)]
-    curves = [curve for curve in AXES if curve in figures]
     rows = work_rows(figures)
     if rows:
         texts += ['## The work', table_of_work(rows), verdict(rows)]
-    if curves or 'ranks' in figures:
+    if curves_of(figures):
         texts += ['## As sizes grow', EXPLANATION]
         if has_picture:
             texts.append('![speed and memory as sizes grow](speed.png)')
-    for curve in curves:
+    for curve in [curve for curve in AXES if curve in figures]:
         name, points = AXES[curve], figures[curve]
         texts += [f'### By {name}', table_of_curve(name, points), describe_curve(curve, points)]
         if curve == 'tokens':
