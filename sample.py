@@ -1,7 +1,7 @@
 r"""Write text with a trained model, token by token; or talk with it.
 
     python sample.py out/proxy20m --prompt="def fib(n):"       # newest checkpoint of the run
-    python sample.py out/proxy20m/step_800.pt --num_samples=3 --temperature=0.7 --stop='["\n\n"]'
+    python sample.py out/proxy20m/step_1060.pt --num_samples=3 --temperature=0.7 --stop='["\n\n"]'
     cat question.txt | python sample.py out/proxy20m --prompt=-
     python sample.py out/proxy20m --chat --system="Be brief."  # Ctrl-D ends it
     python sample.py out/proxy20m --batch=FILE.jsonl --format=json > answers.jsonl
