@@ -168,11 +168,11 @@ class Float8Matmul(torch.autograd.Function):
         g_scale = observe(grad, grad_format, Record(*grad_record), ctx.mode)
         g8 = quantise(grad, g_scale, grad_format)
         grad_x = gemm(g8, w8_t.mT, g_scale, w_scale, ctx.dtype)                          # (N, in)
-        # In fp32 where tensor cores add up in it in any case: that saves a rounding and a cast. The
-        # CPU would have to multiply in fp32, at half the speed.
+        # A GPU sums in fp32 in any case, so the weight's gradient is taken in fp32: no rounding, no
+        # cast. On a CPU an fp32 product would take twice as long.
         w_dtype = ctx.w_dtype if grad.is_cuda else ctx.dtype
         grad_w = gemm(transposed(g8), x8_t.mT, g_scale, x_scale, w_dtype)                # (out, in)
-        return grad_x.to(ctx.x_dtype), grad_w.to(ctx.w_dtype), *[None] * 9
+        return grad_x.to(ctx.x_dtype), grad_w.to(ctx.w_dtype), *(None,) * 9      # of w8 to dtype
 
 
 class Float8Linear(nn.Linear):
@@ -180,9 +180,9 @@ class Float8Linear(nn.Linear):
 
     amax, scale (3,) and lost (3, 2) hold a Record for each of ROLES; scaling is the model's
     DelayedScaling. rounded: what round_weight returned for this step's micro-batches; None outside
-    of them: each forward pass then rounds the weight as it is. Each forward pass with gradients
-    should be followed by its backward pass: the gradient's amax is noted there, and a history
-    without it would keep the old scale.
+    of a step, as in evaluation, where each forward pass rounds the weight itself. Each forward pass
+    with gradients should be followed by its backward pass: the gradient's amax is noted there, and
+    a history without it would keep the old scale.
     """
 
     def forward(self, x):

@@ -20,7 +20,7 @@ class GPU(NamedTuple):
     names: tuple                 # torch.cuda.get_device_name of those that have this bf16 peak
 
 
-# In the names' rows there is no 'NVIDIA H100 PCIe' (756 TFLOP/s), and no part of a GPU (MIG)
+# Left out on purpose: 'NVIDIA H100 PCIe' (756 TFLOP/s) and slices of a GPU (MIG)
 GPUS = {'a100': GPU(312e12, 0.0, 2.04e12, 85e9, 300e9,
                     ('NVIDIA A100-SXM4-40GB', 'NVIDIA A100-SXM4-80GB',
                      'NVIDIA A100-PCIE-40GB', 'NVIDIA A100 80GB PCIe')),
@@ -38,14 +38,17 @@ def peak_flops(device, dtype):
     if device.type != 'cuda':
         return gemm_flops(device, dtype, seconds=0.05)
     name = torch.cuda.get_device_name(device)
-    return next((gpu.bf16 for gpu in GPUS.values() if name in gpu.names), 0.0)
+    for gpu in GPUS.values():
+        if name in gpu.names:
+            return gpu.bf16
+    return 0.0
 
 
 def gemm_flops(device, dtype, seconds):
     """FLOP/s of the fastest of some square matrix products, two of each size.
 
-    Sizes grow until so many seconds have passed, and then the last product may take three times as
-    long. Numbers come from a generator of their own: those that a run draws stay what they are.
+    Sizes double until so many seconds have passed; the last product may take three times as long.
+    Numbers come from a generator of their own: those that a run draws stay what they are.
     """
     generator = torch.Generator(device).manual_seed(0)
 
@@ -80,7 +83,8 @@ class StepClock:
     """
     def __init__(self, device):
         self.device, self.marks = device, []
-        self.kind = self.last_step = None                        # of the optimizer: marks around it
+        self.kind = None                                         # of the optimizer in the last step
+        self.last_step = None                                    # the marks around it
 
     def mark(self):
         """Before the passes, after them, after the optimizer's step."""

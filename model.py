@@ -235,35 +235,42 @@ def apply_rope(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
-QUERIES = 256                      # that causal_attention takes at a time, on a CPU
-LONGEST = 1024                     # T up to which it does so: it holds (T, T) matrices
+QUERY_BLOCK = 256                  # queries at a time in attention_by_matmuls
+MATMUL_MAX_T = 1024                # above it, scores kept for the backward pass take much memory
 
 
 def causal_attention(q, k, v, scale):
     """softmax(scale · q kᵀ) v, where position t sees positions 0 to t.
 
-    q (B, n_head, T, hd); k, v (B, n_kv_head, T, hd) -> (B, n_head, T, hd). On a CPU torch's fused
-    kernel is far slower than matrix products. So short texts go by two products for each block of
-    queries, with the keys up to the block's end. Query heads that share a key head are rows of the
-    same product. (A long text would take much memory so, and gain little.)
+    q (B, n_head, T, hd); k, v (B, n_kv_head, T, hd) -> (B, n_head, T, hd).
+    """
+    if q.is_cpu and q.size(2) <= MATMUL_MAX_T:
+        return attention_by_matmuls(q, k, v, scale)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+
+
+def attention_by_matmuls(q, k, v, scale):
+    """causal_attention of short texts on a CPU, where torch's fused kernel is slower than this.
+
+    Queries go in blocks. A block needs two products, q kᵀ and weights · v, with the keys up to its
+    last query. The query heads that share a key head are stacked: they are rows of one product.
     """
     B, n_head, T, hd = q.shape
-    if not q.is_cpu or T > LONGEST:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     n_kv_head = k.size(1)
     G = n_head // n_kv_head                                        # query heads of a key head
     q = q.view(B, n_kv_head, G, T, hd).transpose(2, 3)             # (B, n_kv_head, T, G, hd)
     k, v = k.flatten(0, 1), v.flatten(0, 1)                        # (B n_kv_head, T, hd)
     position = torch.arange(T)
     blocks = []
-    for first in range(0, T, QUERIES):
-        end = min(first + QUERIES, T)
-        rows = q[:, :, first:end].reshape(B * n_kv_head, -1, hd)   # (B n_kv_head, n G, hd)
-        own = position[first:end].repeat_interleave(G)             # (n G,)
-        bias = torch.zeros(len(own), end, dtype=q.dtype)
-        bias.masked_fill_(position[:end] > own[:, None], -math.inf)
-        scores = torch.baddbmm(bias, rows, k[:, :end].mT, alpha=scale)       # (.., n G, end)
-        blocks.append(scores.softmax(-1) @ v[:, :end])
+    for begin in range(0, T, QUERY_BLOCK):
+        end = min(begin + QUERY_BLOCK, T)
+        q_block = q[:, :, begin:end].reshape(B * n_kv_head, -1, hd)          # (.., n G, hd)
+        q_position = position[begin:end].repeat_interleave(G)                # (n G,)
+        mask = torch.zeros(len(q_position), end, dtype=q.dtype)              # (n G, end)
+        mask.masked_fill_(position[:end] > q_position[:, None], -math.inf)
+        keys, values = k[:, :end], v[:, :end]                                # (.., end, hd)
+        scores = torch.baddbmm(mask, q_block, keys.mT, alpha=scale)          # (.., n G, end)
+        blocks.append(scores.softmax(-1) @ values)                           # (.., n G, hd)
     y = torch.cat(blocks, dim=1).view(B, n_kv_head, T, G, hd)
     return y.transpose(2, 3).reshape(B, n_head, T, hd)
 
@@ -454,16 +461,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             x_rows, ids = x[i:i + rows], targets[i:i + rows]
             valid = (ids >= 0)[:, None]                                         # (rows, 1)
             ids = ids.clamp(min=0)[:, None]                                     # (rows, 1)
-            logprobs = (x_rows @ w.T).float().log_softmax(-1)                   # (rows, V)
-            of_target = logprobs.gather(1, ids)                                 # (rows, 1)
-            total -= (of_target * valid).sum()
+            logp = (x_rows @ w.T).float().log_softmax(-1)                       # (rows, V)
+            target_logp = logp.gather(1, ids)                                   # (rows, 1)
+            total -= (target_logp * valid).sum()
             if with_grad:
-                # in place, since 1 GB more would count; the target's own in fp32 until the end
-                grad = logprobs.exp_().to(dtype)
-                del logprobs
-                grad.scatter_(1, ids, of_target.expm1().to(dtype))              # softmax - onehot
-                grad_x[i:i + rows] = grad @ w * valid
-                grad_w += grad.T @ (x_rows * valid)
+                # softmax - onehot, in place: one more chunk would take 1 GB on a GPU. The target's
+                # entry, p - 1, comes from fp32: bf16 rounds a p near 1 to exactly 1.
+                grad_logits = logp.exp_().to(dtype)                             # (rows, V)
+                del logp
+                grad_logits.scatter_(1, ids, target_logp.expm1().to(dtype))
+                grad_x[i:i + rows] = grad_logits @ w * valid
+                grad_w += grad_logits.T @ (x_rows * valid)
         if with_grad:
             ctx.save_for_backward(grad_x, grad_w, n_targets)
             ctx.multiplier = multiplier

@@ -51,7 +51,7 @@ def zeropower_via_newtonschulz5(G, steps=5, dtype=None):
         X = X.mT                                              # so that X Xᵀ is the smaller product
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)       # all singular values at most 1
     for _ in range(steps):
-        # sums go into the products' fp32 accumulators: one pass over memory, and one rounding, less
+        # baddbmm adds b A, or a X, before it rounds: a rounding and a pass over memory fewer
         A = X @ X.mT                                          # (batch, n, n), n = min(rows, cols)
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)           # b A + c A²
         X = torch.baddbmm(X, B, X, beta=a)                    # a X + B X

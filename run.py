@@ -111,14 +111,16 @@ class Compiler:
     def compile_for(self, x, y):
         """Compile for micro-batches of x's shape, unless that is done."""
         # FP8's first step, which has no history, is another graph
-        graph = *x.shape, self.scaling and self.scaling.own_amax
+        first_fp8_step = self.scaling is not None and self.scaling.own_amax
+        graph = (*x.shape, first_fp8_step)
         if not self.on or graph == self.compiled_for:
             return
         self.compiled_for = graph
         device = next(self.model.parameters()).device
         if self.scaling:
             self.scaling.round_weights()                         # as a step does: the same graphs
-        print_once(try_compile(self.model, x.to(device), y.to(device), self.autocast))
+        outcome = try_compile(self.model, x.to(device), y.to(device), self.autocast)
+        print_once(outcome)
         if self.scaling:
             torch._foreach_zero_(self.scaling.amaxes)            # those of the trial
 

@@ -3,9 +3,9 @@
     pip install tensorboard && python train.py config/nano.py --tracker=tensorboard
     tensorboard --logdir=out                                     # all runs in out/
 
-Each package is imported only where a run asks for it. What it writes lies in the run's folder. A
-record goes on where its run does (--resume). A tracker that fails, as without a network, is left
-out from then on, in one line: training goes on.
+Each package is imported only where a run asks for it. What it writes lies in the run's folder, and
+--resume continues the same record. A tracker that fails, as without a network, is left out from
+then on, in one line: training goes on.
 """
 import importlib.util
 import json

@@ -1,7 +1,7 @@
 """Train a model through the Xmodel-2.5 curriculum (arXiv 2511.19496): warmup, stable, decay, long.
 
     python train.py config/nano.py               # a minute: every phase, in small
-    python train.py config/proxy20m.py           # the 20M proxy on a laptop, under 40 minutes
+    python train.py config/proxy20m.py           # the 20M proxy on a laptop, half an hour
     torchrun --standalone --nproc_per_node=8 train.py config/xmodel25.py      # the full run
     python train.py config/proxy20m.py --resume  # go on after an interruption, bit for bit
     python train.py --help                       # every knob with its default
@@ -240,6 +240,7 @@ def main(knobs, given, defaults):
     world = world_size()
     device = pick_device(knobs.device, world)
     bf16 = computes_in_bf16(knobs, device)
+    matmul_dtype = torch.bfloat16 if bf16 else torch.float32
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
     if world > 1:
         join_ranks(device, timeout=3 * hang_seconds)
@@ -264,7 +265,7 @@ def main(knobs, given, defaults):
     compiler = Compiler(knobs, model, scaling, autocast)
     watch = LossWatch(knobs, state, scaling, proxy_log)
     files = RunFiles(knobs, given, start)
-    peak = world * peak_flops(device, torch.bfloat16 if bf16 else torch.float32)
+    peak = world * peak_flops(device, matmul_dtype)
     progress = Progress(knobs, model, state, total_steps, peak)
     clock = StepClock(device)
     signals = Signals()
@@ -285,7 +286,7 @@ def main(knobs, given, defaults):
             if optimizers is None or not same_kind:
                 optimizers = make_optimizers(phase['optimizer'], model.param_groups(weight_decay),
                                              (beta1, beta2), momentum, muon_split,
-                                             torch.bfloat16 if bf16 else torch.float32)
+                                             matmul_dtype)
                 if same_kind:                                    # this run continues from a
                     start.load_moments(optimizers)               # checkpoint: its state, too
             if state.optimizer and not same_kind:
@@ -323,7 +324,7 @@ def main(knobs, given, defaults):
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         amax = scaling.collect() if scaling else torch.zeros(1, device=device)
         clock.mark()
-        # the one line of a step at which the CPU waits for a GPU
+        # here the CPU waits for a GPU, and nowhere else in an ordinary step (docs/running.md)
         loss, grad_norm, largest = torch.stack([loss, grad_norm, amax.amax()]).tolist()
         if not n_targets:
             loss = math.nan

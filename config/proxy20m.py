@@ -1,5 +1,5 @@
 """The 20M proxy through the whole curriculum, on a laptop: 24 layers of the 1.3B model's shape,
-256 wide, so that µP's width multiplier is 1. Under 40 minutes on two CPU cores.
+256 wide, so that µP's width multiplier is 1. Half an hour on two CPU cores.
 
     python train.py config/proxy20m.py
 

@@ -128,11 +128,11 @@ def peak_of_a_step(c, rows, checkpointing=False, fp8=False, bf16=True, as_on_gpu
     In eager mode. as_on_gpu: with a GPU's RMSNorm, attention and chunks of logits, in place of the
     CPU's.
     """
-    before = F.rms_norm, network.CHUNK, network.LONGEST
+    before = F.rms_norm, network.CHUNK, network.MATMUL_MAX_T
     if as_on_gpu:
         F.rms_norm = lambda x, shape, weight, eps: KernelRMSNorm.apply(x, weight)
         network.CHUNK = network.CHUNK_ON_GPU
-        network.LONGEST = 0                                      # always the fused kernel
+        network.MATMUL_MAX_T = 0                                      # always the fused kernel
     try:
         with FakeTensorMode():
             model = Xmodel(c)
@@ -157,7 +157,7 @@ def peak_of_a_step(c, rows, checkpointing=False, fp8=False, bf16=True, as_on_gpu
             step_peak = alive(tracker, 'peak')
             return forward_peak - weights_and_gradients, step_peak - weights_and_gradients
     finally:
-        F.rms_norm, network.CHUNK, network.LONGEST = before
+        F.rms_norm, network.CHUNK, network.MATMUL_MAX_T = before
 
 
 @cache

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -38,7 +39,7 @@ from processes import STOPPED, signals_as_ctrl_c, start_worker, temporary_folder
 
 out = 'results'               # folder for speed.md, speed.json and speed.png
 parts = 'work,decoding,muon,loading,width,length,vocabulary,tokens,ranks'      # what to measure
-rounds = 5                    # timed rounds of each
+rounds = 5                    # timed rounds of each part; ranks run twice at most
 quick = False                 # tiny shapes, few points, one round, nothing compiled: a trial
 redraw = False                # measure nothing: page and picture from the speed.json in `out`
 
@@ -251,7 +252,7 @@ def measure_ranks(folder):
                          f'--nproc_per_node={point["processes"]}', *train]
             run_child(*train, env={'OMP_NUM_THREADS': f'{point["threads"]}'}, silent=True)
             log = read_log(run)
-            speeds = [step['tok_per_s'] for step in log[len(log) // 2:]]     # it has compiled
+            speeds = [step['tok_per_s'] for step in log[len(log) // 2:]]     # past compiling
             point['seconds'].append(tokens / median(speeds))
     return points
 
@@ -265,11 +266,18 @@ def dtype_name():
     return str(matmul_dtype('cpu')).removeprefix('torch.')
 
 
+def cpu_name():
+    """The processor's name where Linux tells it, else its architecture."""
+    file = Path('/proc/cpuinfo')
+    names = re.findall(r'model name\s*: (.*)', file.read_text()) if file.exists() else []
+    return names[0] if names else platform.machine()
+
+
 def measure(names):
     """Measure these parts -> all figures, as JSON has them."""
     figures = {'command': shlex.join(['python', '-m', 'lab.speed', *sys.argv[1:]]),
                'date': time.strftime('%Y-%m-%d'), 'torch': torch.__version__,
-               'cpu': platform.machine(), 'threads': torch.get_num_threads(),
+               'cpu': cpu_name(), 'threads': torch.get_num_threads(),
                'dtype': dtype_name(), 'knobs': knob_values(globals())}
     with temporary_folder(tempfile.gettempdir(), 'nano-xmodel-speed') as folder:
         for name in tqdm(names, unit='part', disable=None):

@@ -18,7 +18,7 @@ AXES = {'width': 'features of width', 'length': 'tokens a row',
 # kind: 'speed', how many times as fast as somebody else's; 'memory', how much of somebody else's;
 # 'floor', how many times a lower limit; 'share', a part of a whole. Each from the rounds' ratios.
 
-FULL_SPEED = 400_000                             # tokens/s that the full run asks of eight GPUs
+FULL_SPEED = 400_000           # tokens/s: about what eight H100s take in the full run
 
 
 def spread(values):
@@ -140,13 +140,11 @@ def shares_of(point):
 
 
 def change(what, a, b):
-    """'tokens/s fall to 0.50 of it'."""
+    """'tokens/s change by a factor of 0.5', or 'stay within 5 %'."""
     ratio = b / a
     if 0.95 <= ratio <= 1 / 0.95:
         return f'{what} stay within 5 %'
-    if ratio > 1:
-        return f'{what} grow {ratio:.3g} times'
-    return f'{what} fall to {ratio:.2f} of that'
+    return f'{what} change by a factor of {ratio:.3g}'
 
 
 def describe_curve(curve, points):

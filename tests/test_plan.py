@@ -37,7 +37,7 @@ PHASE = {'name': 'decay', 'steps': 20_000, 'batch': 960, 'block_size': 3776, 'op
 # --- FLOPs and time ---
 
 def test_flops_of_the_estimate_are_those_that_torch_counts(monkeypatch):
-    monkeypatch.setattr('model.LONGEST', 0)                      # the fused kernel, as on a GPU
+    monkeypatch.setattr('model.MATMUL_MAX_T', 0)            # the fused kernel, as on a GPU
     c, B = replace(C, block_size=64, vocab_size=128), 2
     idx = torch.zeros(B, c.block_size, dtype=torch.long)
     with FakeTensorMode(allow_non_fake_inputs=True):

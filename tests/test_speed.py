@@ -103,11 +103,12 @@ def point(x, seconds, flops=1e9, beyond=100.0):
 def test_the_sentences_follow_the_figures():
     points = [point(100, [0.1, 0.3, 0.1]), point(200, [0.8, 0.8, 0.1], 8e9, 50.0)]
     assert speed_page.describe_curve('tokens', points) == (
-        'From 100 to 200 tokens a step: FLOPs a token grow 4 times, tokens/s fall to 0.25 of that, '
-        'MB beyond states fall to 0.50 of that; the share of the GEMM peak goes from 10.0% to '
-        '10.0%.')
+        'From 100 to 200 tokens a step: FLOPs a token change by a factor of 4, tokens/s change by '
+        'a factor of 0.25, MB beyond states change by a factor of 0.5; the share of the GEMM peak '
+        'goes from 10.0% to 10.0%.')
     assert speed_page.describe_curve('tokens', points[::-1]).startswith(
-        'From 200 to 100 tokens a step: FLOPs a token fall to 0.25 of that, tokens/s grow 4 times')
+        'From 200 to 100 tokens a step: FLOPs a token change by a factor of 0.25, tokens/s change '
+        'by a factor of 4')
     assert 'tokens/s stay within 5 %' in speed_page.describe_curve('width', points[:1] * 2)
     line = [point(x, [y]) for x, y in ((1000, 0.3), (2000, 0.5), (3000, 0.7), (4000, 1.0))]
     assert speed_page.describe_line(line) == (
