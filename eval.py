@@ -1,7 +1,7 @@
 """Score a checkpoint: on its own held-out text and sums, or on benchmarks by lm-evaluation-harness.
 
     python eval.py out/proxy20m                          # newest checkpoint of the run
-    python eval.py out/proxy20m/step_1060.pt              # an earlier one: here, before decay
+    python eval.py out/proxy20m/step_1060.pt             # an earlier one: here, before decay
     python eval.py out/xmodel25 --tasks=paper --allow_code_execution        # the paper's 13 tasks
     python eval.py out/xmodel25 --tasks=arc_easy,wikitext2 --limit=100 --resume
     python eval.py lm_eval run --model xmodel --model_args pretrained=out/proxy20m --tasks arc_easy

@@ -240,7 +240,7 @@ def main(knobs, given, defaults):
     world = world_size()
     device = pick_device(knobs.device, world)
     bf16 = computes_in_bf16(knobs, device)
-    matmul_dtype = torch.bfloat16 if bf16 else torch.float32
+    compute_dtype = torch.bfloat16 if bf16 else torch.float32
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
     if world > 1:
         join_ranks(device, timeout=3 * hang_seconds)
@@ -265,7 +265,7 @@ def main(knobs, given, defaults):
     compiler = Compiler(knobs, model, scaling, autocast)
     watch = LossWatch(knobs, state, scaling, proxy_log)
     files = RunFiles(knobs, given, start)
-    peak = world * peak_flops(device, matmul_dtype)
+    peak = world * peak_flops(device, compute_dtype)
     progress = Progress(knobs, model, state, total_steps, peak)
     clock = StepClock(device)
     signals = Signals()
@@ -286,7 +286,7 @@ def main(knobs, given, defaults):
             if optimizers is None or not same_kind:
                 optimizers = make_optimizers(phase['optimizer'], model.param_groups(weight_decay),
                                              (beta1, beta2), momentum, muon_split,
-                                             matmul_dtype)
+                                             compute_dtype)
                 if same_kind:                                    # this run continues from a
                     start.load_moments(optimizers)               # checkpoint: its state, too
             if state.optimizer and not same_kind:

@@ -114,7 +114,8 @@ def take_turns(ways, passes=1, before=None):
     return seconds
 
 
-def told(seconds, **figures):
+def figures_of(seconds, **figures):
+    """Figures of timed rounds: the median and, for the file alone, each round."""
     return {'ms': 1e3 * median(seconds), **figures, 'ms of rounds': [1e3 * s for s in seconds]}
 
 
@@ -128,7 +129,7 @@ def report(times, model, B, T):
         if name != base:
             ratios = [a / b for a, b in zip(base_seconds, seconds)]
             figures[f'times as fast as {base}'] = median(ratios)
-        yield name, told(seconds, **figures)
+        yield name, figures_of(seconds, **figures)
 
 
 @functools.cache
@@ -202,7 +203,7 @@ def machine():
         rate = {'TFLOP/s': 2 * n**3 / median(seconds) / 1e12}
         if name == 'copy':
             rate = {'GB/s': 2 * a.nbytes / median(seconds) / 1e9}
-        yield name, told(seconds, **rate)
+        yield name, figures_of(seconds, **rate)
     if device == 'cuda':
         yield 'nvidia-smi, warm', nvidia_smi()
 
@@ -287,7 +288,7 @@ def time_optimizers():
     for kind in ('adamw', 'muon'):
         ways[kind] = partial(step_all, make_optimizers(kind, model.param_groups()), LR_0)
     for name, seconds in take_turns(ways, before=new_gradients).items():
-        yield name, told(seconds)
+        yield name, figures_of(seconds)
     model.zero_grad()
 
 
@@ -336,7 +337,7 @@ def time_attention():
             continue
         # T/2 keys a token: 2 products forward, 4 backward, and q·k once more
         rate = {'TFLOP/s': 7 * B * T * T * c.n_embd / median(seconds) / 1e12}
-        yield f'{name} {B} x {T}', told(seconds, **rate)
+        yield f'{name} {B} x {T}', figures_of(seconds, **rate)
 
 
 def accuracy(B, T):
@@ -506,11 +507,11 @@ def end_worker(process, pipe, patience=0):
 def run_parts(wanted):
     """Run parts in turn -> {part: {label: figures}}; each label is written as it comes."""
     end = time.monotonic() + 60 * minutes
-    workers, found = {}, {}
+    workers, results = {}, {}
     try:
         for i, part in enumerate(wanted):
             print(part.name, '...', file=sys.stderr)
-            figures = found[part.name] = {}
+            figures = results[part.name] = {}
             began = time.monotonic()
             limit = min(part.limit, end - began)
             if part.needs_gpu and device == 'cpu':
@@ -523,26 +524,26 @@ def run_parts(wanted):
                 process, pipe = workers[part.process]
                 for label, values in ask(part, process, pipe, limit):
                     figures[label] = values
-                    save(found)
+                    save(results)
                 figures['took'] = {'s': time.monotonic() - began}
             later = [part.process for part in wanted[i + 1:]]
             if 'failed' in figures:
                 end_worker(*workers.pop(part.process))
             elif part.process in workers and part.process not in later:       # free its memory
                 end_worker(*workers.pop(part.process), patience=10)
-            save(found)
+            save(results)
     finally:                                                     # also at Ctrl-C
         for process_and_pipe in workers.values():
             end_worker(*process_and_pipe)
-        print(table(found))
-    return found
+        print(table(results))
+    return results
 
 
-def save(found):
+def save(results):
     """Write the file `json`, and the table beside it."""
-    text = dumps({'knobs': knob_values(globals()), 'parts': found}, indent=1)
+    text = dumps({'knobs': knob_values(globals()), 'parts': results}, indent=1)
     replace_file(Path(json), lambda f: f.write(text.encode()))
-    replace_file(Path(json).with_suffix('.md'), lambda f: f.write(table(found).encode()))
+    replace_file(Path(json).with_suffix('.md'), lambda f: f.write(table(results).encode()))
 
 
 def cell(values):
@@ -558,10 +559,10 @@ def cell(values):
     return ', '.join(shown)
 
 
-def table(found):
+def table(results):
     """{part: {label: figures}} as Markdown."""
     lines = ['| part | what | figures |', '| --- | --- | --- |']
-    for part, figures in found.items():
+    for part, figures in results.items():
         lines += [f'| {part} | {label} | {cell(values)} |' for label, values in figures.items()]
     return '\n'.join(lines) + '\n'
 

@@ -132,7 +132,7 @@ def peak_of_a_step(c, rows, checkpointing=False, fp8=False, bf16=True, as_on_gpu
     if as_on_gpu:
         F.rms_norm = lambda x, shape, weight, eps: KernelRMSNorm.apply(x, weight)
         network.CHUNK = network.CHUNK_ON_GPU
-        network.MATMUL_MAX_T = 0                                      # always the fused kernel
+        network.MATMUL_MAX_T = 0                                 # always the fused kernel
     try:
         with FakeTensorMode():
             model = Xmodel(c)

@@ -204,7 +204,7 @@ def measure_curve(curve):
     bar = tqdm(total=len(models) * (2 + rounds), desc=curve, leave=False, disable=None)
     for i in range(2 + rounds):                                  # the first two compile, warm up
         for point in points:
-            peak = gemm_flops(CPU, getattr(torch, dtype), SECONDS_OF_GEMM)
+            peak = gemm_flops(CPU, matmul_dtype('cpu'), SECONDS_OF_GEMM)
             name = f'{variant}, {curve} {point["x"]}'
             seconds, memory = bench.ask(name, pipes[point['x']])
             if i > 1:
@@ -243,8 +243,8 @@ def measure_ranks(folder):
     for i in range(min(rounds, 2)):
         for point in tqdm(points, desc='ranks', leave=False, disable=None):
             run = folder / f'{point["processes"]}-{point["threads"]}-{i}'
-            dtype = getattr(torch, dtype_name())
-            point['gemm_flops'].append(gemm_flops(CPU, dtype, SECONDS_OF_GEMM))
+            peak = gemm_flops(CPU, matmul_dtype('cpu'), SECONDS_OF_GEMM)
+            point['gemm_flops'].append(peak)
             train = [ROOT / 'train.py', config, f'--data_dir={data}', f'--out_dir={run}',
                      f'--compile={not quick}', f'--dtype={dtype_name()}', '--device=cpu']
             if point['processes'] > 1:
