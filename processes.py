@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -61,10 +62,15 @@ def start_worker(function, *args):
     pipe, workers_end = spawn.Pipe()
     process = spawn.Process(target=worker_process, daemon=True,
                             args=(function, workers_end, *args))
-    resource_tracker.ensure_running()                            # which would unblock them
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)           # here, and in it until it works
-    process.start()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+    def start():
+        resource_tracker.ensure_running()                        # which would unblock them
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)       # here, and in it until it works
+        process.start()
+
+    # in a thread, which no KeyboardInterrupt cuts short: the worker would be half-started
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(start).result()
     workers_end.close()                              # so that the worker's death closes the pipe
     return process, pipe
 

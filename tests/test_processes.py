@@ -129,3 +129,38 @@ def test_a_second_signal_does_not_interrupt_what_cleans_up(tmp_path):
     process = start('-c', work, tmp_path)
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 2 and os.listdir(tmp_path) == []
+
+
+INTERRUPTED = """
+import os, signal, threading
+from multiprocessing import util
+import processes
+
+def work(pipe):
+    pipe.send('works')
+    pipe.recv()
+
+if __name__ == '__main__':
+    threading.Thread(target=threading.Event().wait, daemon=True).start()  # signals may come here
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write)
+    spawn = util.spawnv_passfds
+
+    def interrupted(*args):
+        pid = spawn(*args)
+        if 'spawn_main' in str(args[1]):            # not the process that tracks resources
+            os.kill(os.getpid(), signal.SIGINT)
+            os.read(read, 1)                        # the signal has come
+        return pid
+    util.spawnv_passfds = interrupted
+    processes.start_worker(work)
+"""
+
+
+def test_ctrl_c_while_a_worker_starts_does_not_leave_it_half_started(tmp_path):
+    (tmp_path / 'x.py').write_text(INTERRUPTED)
+    done = subprocess.run([sys.executable, tmp_path / 'x.py'], cwd=ROOT, text=True, timeout=60,
+                          capture_output=True, env=os.environ | {'PYTHONPATH': str(ROOT)})
+    assert done.stderr.count('Traceback') == 1 and 'KeyboardInterrupt' in done.stderr
+    assert 'EOFError' not in done.stderr
