@@ -25,6 +25,7 @@ unless the config says otherwise.
 """
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -390,6 +391,7 @@ class Xmodel(nn.Module):
         """Run blocks and loss through torch.compile, or eagerly again.
 
         All blocks share one compiled graph; the whole model as one takes longer and runs no faster.
+        Of the loss it is a chunk: compiled as a whole, it would hold several chunks at a time.
         """
         # torch keeps at most 8 variants of a graph: of each length, of training and evaluation, of
         # FP8's first step and of watched steps. Past that it falls back to eager without a word.
@@ -400,7 +402,8 @@ class Xmodel(nn.Module):
                 block.compile(dynamic=False)
         self.cross_entropy = chunked_cross_entropy
         if on:
-            self.cross_entropy = torch.compile(chunked_cross_entropy, dynamic=False)
+            compiled = torch.compile(loss_of_chunk, dynamic=False)
+            self.cross_entropy = partial(chunked_cross_entropy, loss_of_chunk=compiled)
 
     def param_groups(self, weight_decay=0.1):
         """Optimizer groups, by role: {params, names, role, parts, lr_knob, lr_mult, ...}.
@@ -437,7 +440,30 @@ class Xmodel(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Loss in chunks: with 129 280 tokens, the logits of one 16 384-token row would fill 8.5 GB in fp32
 
-CHUNK, CHUNK_ON_GPU = 2**24, 2**28                     # logits at a time: 64 MB and 1 GB of fp32
+CHUNK, CHUNK_ON_GPU = 2**22, 2**28             # logits at a time: 16 MB, and 1 GB of fp32
+LEAST_ROWS = 128                               # for each chunk passes through a (V, C) of gradients
+
+
+def loss_of_chunk(x, w, targets, grad_w):
+    """x (rows, C), w (V, C), targets (rows,) -> (sum of the rows' losses, its gradient for x).
+
+    The gradient for w is added to grad_w (V, C), in fp32; without grad_w there are no gradients.
+    """
+    valid = (targets >= 0)[:, None]                                             # (rows, 1)
+    targets = targets.clamp(min=0)[:, None]                                     # (rows, 1)
+    logits = x @ w.T                                                            # (rows, V)
+    logp = F.log_softmax(logits, dim=-1, dtype=torch.float32)                   # (rows, V)
+    target_logp = logp.gather(1, targets)                                       # (rows, 1)
+    loss = -(target_logp * valid).sum()
+    if grad_w is None:
+        return loss, None
+    # softmax - onehot, in place: one more chunk would take 1 GB on a GPU. The target's entry,
+    # p - 1, comes from fp32: bf16 rounds a p near 1 to exactly 1.
+    grad = logits.copy_(logp.exp_())                                            # (rows, V)
+    grad.scatter_(1, targets, target_logp.expm1().to(grad.dtype))
+    del logp
+    grad_w += grad.T @ (x * valid)
+    return loss, grad @ w * valid                                               # (rows, C)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -449,29 +475,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, multiplier, dtype, with_grad):
+    def forward(ctx, x, weight, targets, multiplier, dtype, with_grad, loss_of_chunk):
         # the multiplier goes to x, which is V / C times smaller than the logits
         w, x = weight.to(dtype), (x * multiplier).to(dtype)                     # (V, C), (N, C)
-        rows = max(1, (CHUNK_ON_GPU if x.is_cuda else CHUNK) // len(w))
+        rows = max(LEAST_ROWS, (CHUNK_ON_GPU if x.is_cuda else CHUNK) // len(w))
         n_targets = (targets >= 0).sum().clamp(min=1)
         total = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(x) if with_grad else None
         grad_w = torch.zeros_like(w, dtype=torch.float32) if with_grad else None
         for i in range(0, len(x), rows):
-            x_rows, ids = x[i:i + rows], targets[i:i + rows]
-            valid = (ids >= 0)[:, None]                                         # (rows, 1)
-            ids = ids.clamp(min=0)[:, None]                                     # (rows, 1)
-            logp = (x_rows @ w.T).float().log_softmax(-1)                       # (rows, V)
-            target_logp = logp.gather(1, ids)                                   # (rows, 1)
-            total -= (target_logp * valid).sum()
+            part = slice(i, i + rows)
+            loss, grad_rows = loss_of_chunk(x[part], w, targets[part], grad_w)
+            total += loss
             if with_grad:
-                # softmax - onehot, in place: one more chunk would take 1 GB on a GPU. The target's
-                # entry, p - 1, comes from fp32: bf16 rounds a p near 1 to exactly 1.
-                grad_logits = logp.exp_().to(dtype)                             # (rows, V)
-                del logp
-                grad_logits.scatter_(1, ids, target_logp.expm1().to(dtype))
-                grad_x[i:i + rows] = grad_logits @ w * valid
-                grad_w += grad_logits.T @ (x_rows * valid)
+                grad_x[part] = grad_rows
         if with_grad:
             ctx.save_for_backward(grad_x, grad_w, n_targets)
             ctx.multiplier = multiplier
@@ -481,14 +498,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad_x, grad_w, n_targets = ctx.saved_tensors
         scale = grad_loss / n_targets
-        return grad_x * (scale * ctx.multiplier), grad_w * scale, None, None, None, None
+        # in place, as grad_w is as large as the embedding; torch refuses a second backward pass
+        return grad_x * (scale * ctx.multiplier), grad_w.mul_(scale), *(None,) * 5
 
 
-def chunked_cross_entropy(x, weight, targets, multiplier):
+def chunked_cross_entropy(x, weight, targets, multiplier, loss_of_chunk=loss_of_chunk):
     """x (N, C), weight (V, C), targets (N,) with -1 = ignored -> scalar loss in nats."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return ChunkedCrossEntropy.apply(x, weight, targets, multiplier, dtype, torch.is_grad_enabled())
+    return ChunkedCrossEntropy.apply(x, weight, targets, multiplier, dtype, torch.is_grad_enabled(),
+                                     loss_of_chunk)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -68,15 +68,19 @@ class Measured(NamedTuple):
         """(bytes, seconds) by the count of the code that was measured: see AS_MEASURED."""
         c = replace(XmodelConfig(), block_size=self.T)
         way = False
-        held = activations(c, self.rows, self.checkpointing, self.fp8) + LOSS_AS_MEASURED
+        held = activations(c, self.rows, self.checkpointing, self.fp8)
+        held += loss_as_measured(self.rows * self.T)
         if self.fp8:                                             # no weights in FP8 were held
             way = AS_MEASURED
             held -= c.n_layer * sum(2 * layer.weight.numel() for layer in linears(c).values())
         return held, seconds_of_a_micro_batch(c, self.rows, GPUS['h100'], way, self.checkpointing)
 
 
-# bytes more, of logits in chunks, that the loss which was measured held at its peak
-LOSS_AS_MEASURED = 2.25 * 4 * network.CHUNK_ON_GPU
+def loss_as_measured(tokens):
+    """Bytes more that the loss which was measured held at its peak, of 1 GB chunks of logits."""
+    chunks = 3.25 if tokens > 2 * network.CHUNK_ON_GPU // 129_280 else 2.75    # the second not full
+    return chunks * 4 * network.CHUNK_ON_GPU
+
 
 # of the 1.3B model, on one H100 80GB (PyTorch 2.11)
 MEASURED = [
@@ -125,12 +129,13 @@ def alive(tracker, when):
 def peak_of_a_step(c, rows, checkpointing=False, fp8=False, bf16=True, as_on_gpu=True):
     """(peak of the forward pass, peak of the step) in bytes beside weights and gradients.
 
-    In eager mode. as_on_gpu: with a GPU's RMSNorm, attention and chunks of logits, in place of the
-    CPU's.
+    In eager mode. as_on_gpu: with a GPU's RMSNorm, softmax, attention and chunks of logits, in
+    place of the CPU's.
     """
-    before = F.rms_norm, network.CHUNK, network.MATMUL_MAX_T
+    before = F.rms_norm, F.log_softmax, network.CHUNK, network.MATMUL_MAX_T
     if as_on_gpu:
         F.rms_norm = lambda x, shape, weight, eps: KernelRMSNorm.apply(x, weight)
+        F.log_softmax = lambda x, dim, dtype: torch.empty_like(x, dtype=dtype)  # one kernel, too
         network.CHUNK = network.CHUNK_ON_GPU
         network.MATMUL_MAX_T = 0                                 # always the fused kernel
     try:
@@ -157,7 +162,7 @@ def peak_of_a_step(c, rows, checkpointing=False, fp8=False, bf16=True, as_on_gpu
             step_peak = alive(tracker, 'peak')
             return forward_peak - weights_and_gradients, step_peak - weights_and_gradients
     finally:
-        F.rms_norm, network.CHUNK, network.MATMUL_MAX_T = before
+        F.rms_norm, F.log_softmax, network.CHUNK, network.MATMUL_MAX_T = before
 
 
 @cache

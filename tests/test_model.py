@@ -150,7 +150,7 @@ def test_standard_parametrisation_is_llama():
 # --- the loss in chunks ---
 
 def test_chunked_cross_entropy_equals_float64_oracle():
-    N, C, V, multiplier = 100, 64, 2**18, 0.37                   # chunks of 64 rows: 64 + 36
+    N, C, V, multiplier = 200, 64, 2**16, 0.37                   # chunks of 128 rows: 128 + 72
     g = torch.Generator().manual_seed(0)
     x = torch.randn(N, C, generator=g, requires_grad=True)
     w = torch.randn(V, C, generator=g, requires_grad=True)
@@ -232,12 +232,12 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_training_never_holds_all_logits():
-    N, V = 32, 2**21                                             # 2**26 logits, in chunks of 2**24
+    N, V = 256, 2**15                                            # 2**23 logits, in chunks of 2**22
     model = build(replace(TINY, n_layer=1, n_head=1, n_kv_head=1, n_embd=4, n_ffn=4, vocab_size=V))
     idx = ids(model.config, 1, N)
     with LargestTensor() as largest:
         model(idx, idx)[1].backward()
-    assert largest.numel == 2**24
+    assert largest.numel == 2**22
 
 
 # --- the trial of torch.compile ---

@@ -161,7 +161,7 @@ print(status('VmHWM') - before)
 @pytest.mark.parametrize('checkpointing, fp8', [(0, 0), (1, 0), (0, 1)])
 def test_memory_of_a_step_is_what_a_process_takes(checkpointing, fp8):
     bf16 = muon.has_bf16('cpu')                                  # else it takes minutes
-    shape, rows = (4, 4, 2, 256, 640, 4096, 512), 8
+    shape, rows = (4, 4, 2, 256, 640, 4096, 512), 16
     argv = map(str, (checkpointing, fp8, int(bf16), *shape, rows))
     # freed memory goes back to the system at once, so that resident is what is alive
     done = subprocess.run([sys.executable, '-c', ONE_STEP, *argv], capture_output=True, text=True,
@@ -199,12 +199,13 @@ class LossThatTheH100Ran(torch.autograd.Function):
 
 
 @pytest.mark.parametrize('checkpointing', [False, True])
-def test_the_loss_that_an_h100_ran_held_more_by_what_the_plan_says(checkpointing, monkeypatch):
+@pytest.mark.parametrize('rows', [1, 4])
+def test_the_loss_that_an_h100_ran_held_more_by_what_the_plan_says(rows, checkpointing, monkeypatch):
     c = replace(XmodelConfig(), n_layer=2, block_size=3712)
-    today = plan.peak_of_a_step(c, 4, checkpointing)[1]
+    today = plan.peak_of_a_step(c, rows, checkpointing)[1]
     monkeypatch.setattr('model.chunked_cross_entropy', LossThatTheH100Ran.apply)
-    then = plan.peak_of_a_step(c, 4, checkpointing)[1]
-    assert then - today == pytest.approx(plan.LOSS_AS_MEASURED, rel=0.01)
+    then = plan.peak_of_a_step(c, rows, checkpointing)[1]
+    assert then - today == pytest.approx(plan.loss_as_measured(rows * 3712), rel=0.01)
 
 
 def test_memory_is_what_an_h100_took():
@@ -344,7 +345,7 @@ def test_a_phase_of_the_paper_run_by_hand(monkeypatch):
     assert eight['tok_per_s'] == pytest.approx(960 * 3776 / measured, rel=0.05)
     # 10.8 GB of weights and gradients, 0.77 of state, and activations: an H100's 53.05 of 4 x 3712,
     # less the chunks of logits, 1.07 GB each, that the loss no longer holds
-    activations = 53.05e9 * 3776 / 3712 - 2.25 * 1.07e9
+    activations = 53.05e9 * 3776 / 3712 - 3.25 * 1.07e9
     assert eight['memory'] == pytest.approx(10.8e9 + 0.77e9 + activations, rel=0.02)
 
 
