@@ -128,20 +128,24 @@ def problems_of(dataset, tokenizer):
 
 
 def solve_problems(model, dataset, tokenizer):
-    """{solved, tried, left_out}: greedy answers to held-out problems, compared as numbers with the
-    written ones."""
+    """{solved, tried, left_out, by_steps}: greedy answers to held-out problems, compared as numbers
+    with the written ones. by_steps: {lines of the written answer before ####: [solved, tried]}."""
     found, left_out = problems_of(dataset, tokenizer)
     found = found[:problems]
     rows_at_a_time = 8 * batch_size
-    solved = 0
+    by_steps = {}
     for i in tqdm(range(0, len(found), rows_at_a_time), desc='problems', leave=False, disable=None):
         batch = found[i:i + rows_at_a_time]
         prompts = [prompt for prompt, _ in batch]
         longest = max(len(completion) for _, completion in batch)
         rows = complete(model, tokenizer, prompts, 2 * longest, stop_ids=[EOS_ID], temperature=0.0)
         for (_, completion), row in zip(batch, rows):
-            solved += answer(row.text) == answer(tokenizer.decode(completion))
-    return {'solved': solved, 'tried': len(found), 'left_out': left_out}
+            written = tokenizer.decode(completion)
+            count = by_steps.setdefault(written.partition('####')[0].count('\n'), [0, 0])
+            count[0] += answer(row.text) == answer(written)
+            count[1] += 1
+    return {'solved': sum(solved for solved, _ in by_steps.values()), 'tried': len(found),
+            'left_out': left_out, 'by_steps': dict(sorted(by_steps.items()))}
 
 
 ANSWER = re.compile(r"""

@@ -49,7 +49,7 @@ FREE = {'out_dir', 'resume', 'replay', 'init_from', 'init_step', 'device', 'dtyp
 # Knobs that cannot be right
 
 AT_LEAST = {'steps': 0, 'batch': 1, 'block_size': 1, 'warmup': 0}
-CHOICES = {'optimizer': ('adamw', 'muon'), 'decay': ('constant', 'linear', 'exponential')}
+CHOICES = {'optimizer': ('adamw', 'muon'), 'decay': ('constant', 'linear', 'cosine', 'exponential')}
 PHASE_KEYS = ('name', *AT_LEAST, 'data', *CHOICES, 'lr', 'embedding_lr')
 
 

@@ -145,8 +145,9 @@ def lr_at(step):
     Warmup-Stable-Decay: a phase's lr = (start, peak, end), in units of the knobs learning_rate and
     embedding_lr. (What a phase leaves out, start.complete_phases has filled in.) Linear from start
     to peak over its warmup. Then, with r the share that is done of the steps after the warmup,
-    'constant' peak, 'linear' to end, or 'exponential': end + (2 · 0.5^r - 1)(peak - end), as in
-    Megatron's WSD and Xmodel-2.5's configuration, one half-life stretched so as to reach end.
+    'constant' peak, 'linear' or half a 'cosine' to end, or 'exponential': end + (2 · 0.5^r - 1)
+    (peak - end), as in Megatron's WSD and Xmodel-2.5's configuration, one half-life stretched so as
+    to reach end.
     """
     phase, first = phase_at(step)
     return (learning_rate * factor_at(phase, step - first, phase['lr']),
@@ -164,6 +165,8 @@ def factor_at(phase, i, lr):
         height = 1
     elif phase['decay'] == 'linear':
         height = 1 - r
+    elif phase['decay'] == 'cosine':
+        height = (1 + math.cos(math.pi * r)) / 2
     else:
         height = 2 * 0.5**r - 1
     return end + height * (peak - end)

@@ -6,6 +6,7 @@
     python -m lab.plot results/transfer                      # of sweep.py: transfer.png there
     python -m lab.plot results/coord_check                   # of coord_check.py: heads.png and more
     python -m lab.plot results/coord_check/textbook.json results/coord_check/sp.json --png=check.png
+    python -m lab.plot ablate                    # results of ablate.py: a picture of each
     python -m lab.plot schedule                  # the recipe of config/xmodel25.py over its steps
     python -m lab.plot schedule config/nano.py --png=nano.png    # takes train.py's flags, too
 """
@@ -21,6 +22,8 @@ import numpy as np
 import train
 from checkpoint import read_log
 from configurator import configure, fail
+from lab import ablate
+from lab.ablate import COLUMNS
 from model import mup_table
 from start import check_knobs, complete_phases, model_config
 from train import lr_at
@@ -148,7 +151,7 @@ def plot_loss(runs, png, default):
 
 
 # --------------------------------------------------------------------------------------------------
-# Results of sweep.py and coord_check.py
+# Results of sweep.py, coord_check.py and ablate.py
 
 def read_results(path):
     """[(file, dict)] of the result files that path names: a .json, or those in a folder."""
@@ -157,12 +160,12 @@ def read_results(path):
     for file in files:
         try:
             result = json.loads(file.read_text(encoding='utf-8'))
-            if result['kind'] in ('transfer', 'coord_check'):
+            if result['kind'] in ('transfer', 'coord_check', 'ablation'):
                 results.append((file, result))
         except (OSError, ValueError, KeyError, TypeError):
-            fail(f'{file} is no result of sweep.py or coord_check.py')
+            fail(f'{file} is no result of sweep.py, coord_check.py or ablate.py')
     if not results:
-        fail(f'{path} holds no log.jsonl, and no transfer or check to draw')
+        fail(f'{path} holds no log.jsonl, and no transfer, check or ablation to draw')
     return results
 
 
@@ -269,6 +272,40 @@ def plot_coord_check(tables, png, default):
                     fontsize=9)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=6,
                   fontsize=9)
+    save(figure, png, default)
+
+
+def draw_differences(panel, key, arms, tables):
+    """Each arm less the first in one measure, with its 95 % interval, over the comparisons."""
+    for i, arm in enumerate(arms):
+        found = [table[arm].get('difference', {}).get(key, [math.nan] * 3)
+                 for table in tables.values()]
+        mean, _, half = zip(*found)
+        beside = (i - (len(arms) - 1) / 2) * 0.1                 # so that none hides another
+        panel.errorbar(np.arange(len(tables)) + beside, mean, half, color=COLOURS[i % 7],
+                       marker=MARKERS[i % 5], markersize=5, linewidth=1, capsize=3, label=arm)
+    panel.axhline(0, color='black', linewidth=0.8)
+    panel.set_xticks(range(len(tables)), tables, fontsize=8)
+    panel.set_xlim(-0.5, len(tables) - 0.5)
+    panel.grid(axis='y', alpha=0.25)
+
+
+def plot_ablation(result, png, default):
+    """Each arm less the first; comparisons of the same arms are points of the same lines."""
+    rows = {}                                                    # arms -> {comparison: its table}
+    for name, table in result['comparisons'].items():
+        rows.setdefault(tuple(table), {})[name] = table
+    keys = [key for key in COLUMNS
+            if any(key in row.get('difference', ()) for tables in rows.values()
+                   for table in tables.values() for row in table.values())]
+    figure, panels = pyplot().subplots(len(rows), max(1, len(keys)), squeeze=False,
+                                       figsize=(1 + 4 * max(1, len(keys)), 3.5 * len(rows)),
+                                       layout='constrained')
+    for (arms, tables), line in zip(rows.items(), panels):
+        for key, panel in zip(keys, line):
+            draw_differences(panel, key, arms[1:], tables)
+            panel.set_title(f'{COLUMNS[key]}, less that of: {arms[0]}', fontsize=9)
+        line[0].legend(fontsize='x-small')
     save(figure, png, default)
 
 
@@ -524,6 +561,8 @@ def list_pictures(paths):
     for file, result in results:
         if result['kind'] == 'transfer':
             pictures.append((plot_transfer, result, file.with_suffix('.png')))
+        if result['kind'] == 'ablation':
+            pictures.append((plot_ablation, result, file.with_suffix('.png')))
     checks = [(file, result) for file, result in results if result['kind'] == 'coord_check']
     for vary in dict.fromkeys(result['vary'] for _, result in checks):
         tables = [result for _, result in checks if result['vary'] == vary]
@@ -536,6 +575,8 @@ def main(paths):
     """Draw the runs and results that paths name; of no paths, the newest run."""
     if not paths:
         paths = [newest_run()]
+    elif paths == ['ablate']:
+        paths = [ablate.folder]
     try:
         pictures = list_pictures(paths)
         if png and len(pictures) > 1:

@@ -29,15 +29,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import train
 from checkpoint import replace_file, to_json
-from configurator import check_range, configure, fail, int_list, knob_values
+from configurator import check_range, configure, fail, int_list
 from data_prep import prepare_missing
 from lab.coord_check import shape
-from lab.trials import results_of
+from lab.trials import data_sets, hash_of, results_of, train_knobs
 from model import Xmodel, mup_table
 from processes import STOPPED, signals_as_ctrl_c
-from start import complete_phases, model_config
+from start import model_config
 
 command = ''                  # 'search' or 'transfer'
 name = ''                     # of the folder under results/; '': by the command and what grows
@@ -76,44 +75,21 @@ RANGES = {'learning_rate': (2**-15, 2**-3, True), 'embedding_lr': (2**-15, 2**-3
 # --------------------------------------------------------------------------------------------------
 # What both commands need: the config's knobs, its data, running trials, the file of the result
 
-@functools.cache
-def train_knobs(*argv):
-    """train.py's knobs as these arguments set them; a mistake in them ends the program."""
-    knobs = dict(vars(train))
-    configure(knobs, list(argv))
-    complete_phases(knobs['phases'])
-    return knob_values(knobs)
-
-
 def base_knobs():
     """train.py's knobs in the config, with the flags that every trial has."""
     return train_knobs(config, *shlex.split(flags))
 
 
-def data_sets():
-    """The names of the config's data sets, in order; the values are None."""
-    names = []
-    for phase in base_knobs()['phases']:
-        names += phase['data']
-    return dict.fromkeys(names)
-
-
 @functools.cache
 def made_of():
-    """Hash of what decides a trial's result beside its flags: config, code, torch and text."""
-    root, knobs = Path(train.__file__).parent, base_knobs()
-    code = ('data_prep.py', 'distributed.py', 'documents.py', 'fp8.py', 'loader.py', 'model.py',
-            'muon.py', 'run.py', 'start.py', 'train.py')
-    parts = [repr(knobs), torch.__version__]
-    parts += [Path(root, file).read_text() for file in code]
-    parts += [Path(knobs['data_dir'], name, 'meta.json').read_text() for name in data_sets()]
-    return hashlib.sha256('\0'.join(parts).encode()).hexdigest()[:12]
+    """Hash of what decides a trial's result beside its flags."""
+    return hash_of(base_knobs())
 
 
 def prepare_data():
     """Make the config's data sets, unless they exist, before trials side by side would do so."""
     knobs = base_knobs()
-    prepare_missing(knobs['data_dir'], data_sets(), knobs['sources'], knobs['vocab_size'])
+    prepare_missing(knobs['data_dir'], data_sets(knobs), knobs['sources'], knobs['vocab_size'])
 
 
 def results(wanted, stable_runs):

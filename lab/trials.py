@@ -4,6 +4,8 @@ A trial is one run of train.py in a process of its own, given by its flags. Its 
 of a file trials.jsonl. A trial that has its line is not run again: a program that was stopped
 resumes with the trials that are left when the same command is given. sweep.py is such a program.
 """
+import functools
+import hashlib
 import json
 import os
 import shlex
@@ -15,14 +17,45 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
+import train
 from checkpoint import checkpoints, read_log, replace_file, to_json
-from configurator import fail
+from configurator import configure, fail, knob_values
 from processes import temporary_folder
+from start import complete_phases
 
 ROOT = Path(__file__).parent.parent
-TRAIN = ROOT / 'train.py'
+TRAIN, EVAL = ROOT / 'train.py', ROOT / 'eval.py'
+
+
+@functools.cache
+def train_knobs(*argv):
+    """train.py's knobs as these arguments set them; a mistake in them ends the program."""
+    knobs = dict(vars(train))
+    configure(knobs, list(argv))
+    complete_phases(knobs['phases'])
+    return knob_values(knobs)
+
+
+def data_sets(knobs):
+    """The names of the data sets of knobs' phases, in order; the values are None."""
+    return dict.fromkeys(name for phase in knobs['phases'] for name in phase['data'])
+
+
+# files whose code decides a run's result
+CODE = ('data_prep.py', 'distributed.py', 'documents.py', 'fp8.py', 'loader.py', 'model.py',
+        'muon.py', 'run.py', 'start.py', 'train.py')
+
+
+def hash_of(knobs, scoring=()):
+    """Hash of what decides a trial's result beside its flags: config, code, torch and text."""
+    code = (*CODE, 'eval.py', 'generate.py') if scoring else CODE
+    parts = [repr(knobs), repr(scoring) if scoring else '', torch.__version__]
+    parts += [Path(ROOT, file).read_text() for file in code]
+    parts += [Path(knobs['data_dir'], name, 'meta.json').read_text() for name in data_sets(knobs)]
+    return hashlib.sha256('\0'.join(parts).encode()).hexdigest()[:12]
 
 
 def out_dir_of(trial, default):
@@ -33,28 +66,41 @@ def out_dir_of(trial, default):
     return default
 
 
-def run_trial(trial, folder, running):
+def run_script(words, running):
+    """Run `python *words`, which ends with this process -> (exit code, what it wrote to stderr).
+
+    running: a list to which its process is appended, so that the caller can kill it.
+    """
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / 'processes.py'), *words], stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {'OMP_NUM_THREADS': '1'})               # so jobs do not change results
+    running.append(process)
+    errors = process.stderr.read()                               # (its stdin stays open till then)
+    process.communicate()
+    return process.returncode, errors
+
+
+def run_trial(trial, folder, running, scoring=()):
     """Run train.py with the flags `trial`; its result, as a dict for its line.
 
-    It writes into `folder`, and ends with this process. running: a list to which its process is
-    appended, so that the caller can kill it.
+    It writes into `folder`. scoring: flags with which eval.py then scores the last checkpoint; its
+    table is in the result. running: as for run_script.
     """
     began = time.time()
     with tempfile.TemporaryDirectory(dir=folder) as own_folder:
         run = out_dir_of(trial, f'{own_folder}/run')
         never = 2**62                                            # but at the ends of phases
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / 'processes.py'), str(TRAIN), *trial,
-             f'--out_dir={run}', f'--eval_interval={never}', f'--checkpoint_interval={never}'],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {'OMP_NUM_THREADS': '1'})           # so jobs do not change results
-        running.append(process)
-        errors = process.stderr.read()                           # (its stdin stays open till then)
-        process.communicate()
+        flags = [f'--out_dir={run}', f'--eval_interval={never}', f'--checkpoint_interval={never}']
+        returncode, errors = run_script([str(TRAIN), *trial, *flags], running)
+        if not returncode and scoring:
+            returncode, errors = run_script([str(EVAL), run, *scoring], running)
         entry = {'status': 'ok', 'loss': None, 'seconds': round(time.time() - began, 1)}
-        if process.returncode:
-            return entry | describe_failure(errors, process.returncode)
+        if returncode:
+            return entry | describe_failure(errors, returncode)
         losses = [step['loss'] for step in read_log(run)]
+        if scoring:
+            entry['scores'] = json.loads(checkpoints(run)[-1].with_suffix('.eval.json').read_text())
     last_tenth = losses[-max(1, len(losses) // 10):]
     return entry | {'loss': round(statistics.fmean(last_tenth), 5),
                     'losses': [round(loss, 4) for loss in losses]}
@@ -95,7 +141,7 @@ def read_trials(file):
     return entries
 
 
-def run_trials(todo, jobs):
+def run_trials(todo, jobs, scoring=()):
     """Run trials, `jobs` at a time; yield each with its entry as it ends. If stopped, kill them."""
     running, futures, pool = [], {}, ThreadPoolExecutor(jobs)
     # trials that all run at once have no bar: the caller may have one of its own
@@ -104,7 +150,7 @@ def run_trials(todo, jobs):
     with temporary_folder(tempfile.gettempdir(), 'nano-xmodel-trials') as folder:
         try:
             for trial in todo:
-                futures[pool.submit(run_trial, trial, folder, running)] = trial
+                futures[pool.submit(run_trial, trial, folder, running, scoring)] = trial
             for future in as_completed(futures):
                 trial, entry = futures[future], future.result()
                 if entry['status'] != 'ok':
@@ -149,18 +195,19 @@ def make_checkpoints(stable_runs, todo, jobs):
             fail(f'{shlex.join(trial)}: {entry["error"]}')
 
 
-def results_of(wanted, file, made_of, jobs, stable_runs):
+def results_of(wanted, file, made_of, jobs, stable_runs, scoring=()):
     """The entries of the wanted trials (lists of flags); runs those that have none in `file` yet.
 
     made_of: a hash of what decides the results beside the flags, so that an entry of other code or
-    text is not taken. stable_runs: {folder: trial that makes the checkpoint in it}.
+    text is not taken. stable_runs: {folder: trial that makes the checkpoint in it}. scoring: as for
+    run_trial; its flags should be part of made_of.
     """
     keys = [(made_of, *trial) for trial in wanted]
     unique_keys = dict.fromkeys(keys)
     entries = known_trials(file, unique_keys)
     todo = [key[1:] for key in unique_keys if key not in entries]
     make_checkpoints(stable_runs, todo, jobs)
-    for trial, entry in run_trials(todo, jobs):
+    for trial, entry in run_trials(todo, jobs, scoring):
         entry = {'flags': trial, 'made_of': made_of} | entry
         entries[made_of, *trial] = entry
         with open(file, 'a', encoding='utf-8') as f:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pydoc_data.topics import topics
 from types import SimpleNamespace
 
@@ -52,7 +53,11 @@ def test_a_sum_is_solved_by_the_number_after_the_signs_alone(data_dir, monkeypat
     monkeypatch.setattr(script, 'complete', fake)
     monkeypatch.setattr(script, 'problems', 40)
     scores = script.solve_problems(None, data, tokenizer)
+    by_steps = scores.pop('by_steps')
     assert scores == {'solved': 20, 'tried': 40, 'left_out': 0} and len(says) == 40
+    asked = [text.partition('####')[0].count('=') for text in map(written.get, says)]
+    assert {n: tried for n, (_, tried) in by_steps.items()} == Counter(asked)
+    assert sum(solved for solved, _ in by_steps.values()) == 20
     assert script.answer('#### -3') == -3 and script.answer('### 3') is None
 
 
@@ -101,7 +106,8 @@ def test_each_question_is_asked_once_and_a_calculation_in_other_words_after_the_
         asked.extend(map(tokenizer.decode, prompts))
         return [SimpleNamespace(text='#### 2')] * len(prompts)
     monkeypatch.setattr(script, 'complete', fake)
-    assert script.solve_problems(None, data, tokenizer) == {'solved': 2, 'tried': 3, 'left_out': 3}
+    assert script.solve_problems(None, data, tokenizer) == \
+        {'solved': 2, 'tried': 3, 'left_out': 3, 'by_steps': {1: [2, 3]}}
     assert [words[:3] for words in asked] == ['Ann', 'Ben', 'Tom']
     monkeypatch.setattr(script, 'problems', 2)
     assert script.solve_problems(None, data, tokenizer)['tried'] == 2 and len(asked) == 5

@@ -200,7 +200,8 @@ class LossThatTheH100Ran(torch.autograd.Function):
 
 @pytest.mark.parametrize('checkpointing', [False, True])
 @pytest.mark.parametrize('rows', [1, 4])
-def test_the_loss_that_an_h100_ran_held_more_by_what_the_plan_says(rows, checkpointing, monkeypatch):
+def test_the_loss_that_an_h100_ran_held_more_by_what_the_plan_says(rows, checkpointing,
+                                                                   monkeypatch):
     c = replace(XmodelConfig(), n_layer=2, block_size=3712)
     today = plan.peak_of_a_step(c, rows, checkpointing)[1]
     monkeypatch.setattr('model.chunked_cross_entropy', LossThatTheH100Ran.apply)

@@ -315,7 +315,7 @@ def test_no_text_of_the_schedule_lies_over_another(schedule):
 
 @pytest.mark.parametrize('flags, says', [
     (['config/nothing.py'], 'there is no such file'),
-    (['--phases.decay.decay=cosine'], "decay='cosine' should be one of"),
+    (['--phases.decay.decay=cubic'], "decay='cubic' should be one of"),
     (['--phases.decay.lr=3'], 'should be'), (['--phases=[]'], 'is empty'),
     (['--mup_break=logit'], "mup_break='logit' should be a rule"),
     (['--learning_rate=-1'], 'learning_rate=-1'), (['--pgn=a.png'], "unknown key 'pgn'"),

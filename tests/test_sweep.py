@@ -149,7 +149,7 @@ def test_the_hash_of_a_trial_is_of_all_that_decides_its_loss(tmp_path, data_dir,
         shutil.copy(ROOT / file.name, file)
     files[-1].parent.mkdir(parents=True)
     shutil.copy(data_dir / 'stdlib/meta.json', files[-1])
-    monkeypatch.setattr(sweep.train, '__file__', str(tmp_path / 'train.py'))
+    monkeypatch.setattr(trials, 'ROOT', tmp_path)
     knobs = {'data_dir': str(tmp_path / 'data'), 'phases': [{'data': {'stdlib': 1.0}}]}
     monkeypatch.setattr(sweep, 'base_knobs', lambda: knobs)
     whole = sweep.made_of.__wrapped__()
@@ -180,7 +180,7 @@ def test_a_config_among_the_flags_counts_as_well(tmp_path, config):
 def test_each_trial_is_run_once_and_has_its_result_where_it_was_asked_for(tmp_path, monkeypatch):
     ran = []
 
-    def run_trials(todo, jobs):
+    def run_trials(todo, jobs, scoring=()):
         for trial in reversed(todo):                             # as one may end before another
             ran.append(*trial)
             yield trial, {'status': 'ok', 'loss': float(trial[0]), 'losses': [], 'seconds': 1}
@@ -344,7 +344,7 @@ def test_a_sampler_that_is_not_installed(monkeypatch, capsys):
 
 def test_a_stable_run_that_fails_ends_the_sweep(tmp_path, monkeypatch, capsys):
     failed = [(['--steps=5'], {'status': 'failed', 'error': 'no memory'})]
-    monkeypatch.setattr(trials, 'run_trials', lambda missing, jobs: iter(failed))
+    monkeypatch.setattr(trials, 'run_trials', lambda missing, jobs, scoring=(): iter(failed))
     with pytest.raises(SystemExit):
         trials.make_checkpoints({tmp_path: ['--steps=5']}, [[f'--init_from={tmp_path}']], 1)
     assert '--steps=5: no memory' in capsys.readouterr().err

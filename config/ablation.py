@@ -1,0 +1,34 @@
+"""A model of 5M parameters, the proxy's width, for lab/ablate.py, which says what its arms change.
+
+    python -m lab.ablate decay_optimizer
+
+Text and sums as in the proxy. 1M tokens, of which decay takes 40 %: minutes on one CPU core. The
+phase between the two is for runs that go over to Muon before the decay.
+"""
+out_dir = 'out/ablation'
+data_dir = 'data/ablation'
+sources = {'stdlib': 'stdlib', 'arith': 'arith'}
+
+n_layer = 6
+n_head = 4
+n_kv_head = 1
+n_embd = 256
+n_ffn = 640
+vocab_size = 5120
+
+_text = {'stdlib': 1.0}
+
+# learning rates are those of the proxy's small batches
+phases = [
+    {'name': 'stable', 'steps': 300, 'batch': 8, 'block_size': 256, 'data': _text,
+     'optimizer': 'adamw', 'warmup': 30, 'decay': 'constant',
+     'lr': (0, 0.5, 0.5), 'embedding_lr': (0, 1, 1)},
+    {'name': 'stable_muon', 'steps': 0, 'batch': 8, 'block_size': 256, 'data': _text,
+     'optimizer': 'muon', 'decay': 'constant',
+     'lr': (0, 1, 1), 'embedding_lr': (0, 1, 1)},
+    {'name': 'decay', 'steps': 200, 'batch': 8, 'block_size': 256,
+     'data': {'arith': 0.67, 'stdlib': 0.33},
+     'optimizer': 'muon', 'decay': 'exponential',
+     'lr': (0, 1, 1 / 16), 'embedding_lr': (0, 1, 1 / 16)},
+]
+eval_rows = 64

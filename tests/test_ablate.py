@@ -1,0 +1,148 @@
+"""lab/ablate.py: statistics, what arms share, and every experiment in its quick form."""
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run
+from scipy import stats
+
+from checkpoint import read_checkpoint
+from lab import ablate, plot, trials
+from lab.ablate import EXPERIMENTS, Arm, interval
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    """Quick knobs, results in tmp_path, and nothing remembered from another test."""
+    for key, value in {'quick': True, 'seeds': 2, 'problems': 4, 'jobs': 1,
+                       'folder': str(tmp_path / 'results'),
+                       'FILE': tmp_path / 'trials.jsonl'}.items():
+        monkeypatch.setattr(ablate, key, value)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablate, 'CONFIG', str(ROOT / 'config/ablation.py'))
+    ablate.base_knobs.cache_clear()
+    ablate.made_of.cache_clear()
+
+
+@pytest.mark.parametrize('n', range(2, 11))
+def test_the_interval_is_that_of_students_t(n):
+    rng = random.Random(n)
+    a, b = ([rng.gauss(mean, 1) for _ in range(n)] for mean in (3, 3.5))
+    mean, error, half = interval([x - y for x, y in zip(a, b)])
+    paired = stats.ttest_rel(a, b)
+    low, high = paired.confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((low, high), abs=1e-4)
+    assert mean / error == pytest.approx(paired.statistic)
+
+
+def test_every_arm_is_one_that_train_takes():
+    for experiment in EXPERIMENTS.values():
+        for comparison in experiment():
+            assert len({arm.name for arm in comparison.arms}) == len(comparison.arms) > 1
+            for arm in comparison.arms:
+                assert trials.train_knobs(*ablate.base_flags(), *arm.flags)
+
+
+def tokens_of(arm):
+    """{data set: tokens} that a run of an arm reads."""
+    read = {}
+    for phase in trials.train_knobs(*ablate.base_flags(), *arm.flags)['phases']:
+        for name, weight in phase['data'].items():
+            n = phase['steps'] * phase['batch'] * phase['block_size'] * weight
+            read[name] = read.get(name, 0) + n
+    return {name: n for name, n in read.items() if n}
+
+
+@pytest.mark.parametrize('name', ['decay_optimizer', 'sft_timing'])
+def test_arms_read_equally_much(name):
+    for comparison in EXPERIMENTS[name]():
+        first = tokens_of(comparison.arms[0])
+        for arm in comparison.arms:
+            assert tokens_of(arm) == pytest.approx(first), arm.name
+
+
+def test_a_learning_rate_is_sought_until_both_neighbours_are_worse(monkeypatch):
+    best = {'a': 3, 'b': -1, 'c': 0}
+    asked = []
+
+    def fake_run(points):
+        asked.extend(points)
+        return {(arm, seed, e): {'status': 'nan' if e > 4 else 'ok', 'name': arm.name, 'e': e}
+                for arm, seed, e in points}
+
+    def fake_measured(entry):
+        if entry['status'] == 'nan':
+            return None
+        return {'both': 2 + abs(entry['e'] - best[entry['name']])}
+
+    monkeypatch.setattr(ablate, 'quick', False)
+    monkeypatch.setattr(ablate, 'run', fake_run)
+    monkeypatch.setattr(ablate, 'measured', fake_measured)
+    arms = [Arm(name) for name in best]
+    found, tried = ablate.best_exponents(arms)
+    assert {arm.name: e for arm, e in found.items()} == best
+    assert sorted(tried[arms[0]]) == [-1, 0, 1, 2, 3, 4] and sorted(tried[arms[2]]) == [-1, 0, 1]
+    assert {seed for _, seed, _ in asked} == {ablate.first_seed} and len(asked) == len(set(asked))
+
+
+def run_here(words, running):
+    """trials.run_script, in a process that has torch already."""
+    done = run(*(Path(word).name if word.endswith('.py') and ROOT in Path(word).parents and
+                 'config' not in word else word for word in words), cwd=Path.cwd())
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize('name', EXPERIMENTS)
+def test_an_experiment_in_its_quick_form(name, monkeypatch, capsys):
+    monkeypatch.setattr(trials, 'run_script', run_here)
+    monkeypatch.setattr(ablate, 'command', name)
+    ablate.main()
+    result = json.loads(Path(ablate.folder, f'{name}.json').read_text())
+    page = Path(ablate.folder, f'{name}.md').read_text()
+    assert page in capsys.readouterr().out and result['question'] in page
+    (table,) = result['comparisons'].values()
+    for arm, row in table.items():
+        texts = [found['text'] for found in row['runs']]
+        assert len(set(texts)) == 2 and row['mean']['text'][0] == pytest.approx(sum(texts) / 2)
+        assert f'| {arm} | ' in page
+        (first, *_) = table.values()
+        apart = [a['text'] - b['text'] for a, b in zip(row['runs'], first['runs'])]
+        assert row['difference']['text'] == pytest.approx(interval(apart))
+    plot.main(['ablate'])
+    assert Path(ablate.folder, f'{name}.png').stat().st_size > 10_000
+
+    monkeypatch.setattr(trials, 'run_script', None)              # nothing is run again
+    ablate.main()
+    assert json.loads(Path(ablate.folder, f'{name}.json').read_text()) == result
+
+
+def test_starts_keep_and_drop_what_they_say(monkeypatch):
+    monkeypatch.setattr(trials, 'run_script', run_here)
+    knobs = ablate.base_knobs()
+    ablate.prepare_missing(knobs['data_dir'], trials.data_sets(knobs), knobs['sources'], 512)
+    arms = {start: Arm(start, (), start) for start in ('as it is', 'fresh', 'embedding kept')}
+    ablate.run([(arm, 1, 0) for arm in arms.values()])
+    kept, fresh, embedding = (read_checkpoint(ablate.start_folder(start, 1)) for start in arms)
+    for name, weight in kept['model'].items():
+        assert torch.equal(weight, fresh['model'][name])
+        assert torch.equal(weight, embedding['model'][name])
+        moments = kept['optimizer_state'][name]
+        assert fresh['optimizer_state'][name] == {} and moments['exp_avg'].any()
+        others = embedding['optimizer_state'][name]
+        if weight.dim() == 2 and name != 'embed.weight':
+            assert not others['momentum_buffer'].any()
+        else:
+            assert torch.equal(others['exp_avg'], moments['exp_avg'])
+    assert (kept['optimizer'], fresh['optimizer'], embedding['optimizer']) == \
+        ('adamw', 'adamw', 'muon')
+
+
+def test_a_run_that_diverged_has_no_mean():
+    assert ablate.measured({'status': 'nan'}) is None
+    result = {'name': 'x', 'question': '?', 'command': 'x', 'seeds': 2, 'core_hours': 1,
+              'comparisons': {'c': {'a': {'exponent': 1, 'mean': {'text': (1, 0, 0)},
+                                          'difference': {'text': (0, 0, 0)}},
+                                    'b': {'exponent': -1}}}}
+    assert '| b | 0.5 |  |  |' in ablate.markdown(result)
