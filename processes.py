@@ -1,6 +1,7 @@
 """What a process begins, it ends: signals, temporary folders, processes that it has started.
 
     with signals_as_ctrl_c():        SIGTERM and SIGHUP clean up as Ctrl-C does
+    with ending_in_one_line(...):    the same, and what ended the program is said in one line
     with temporary_folder(...):      removed at the end; after a SIGKILL, by the next process
     start_worker(function, ...)      ends when told to, at a signal, and at the end of the program
     python processes.py SCRIPT ...   run a script that ends when its standard input closes, as it
@@ -18,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from pathlib import Path
+
+from configurator import fail
 
 STOPPED = 130                                                    # exit code at Ctrl-C, as in shells
 STOPPING = {signal.SIGINT, signal.SIGTERM}
@@ -47,6 +50,21 @@ def signals_as_ctrl_c():
         if not came:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def ending_in_one_line(file, note=''):
+    """signals_as_ctrl_c; Ctrl-C and errors of the system end the program in one line.
+
+    file: what it writes to, named where the error names none. note: what is not lost.
+    """
+    try:
+        with signals_as_ctrl_c():
+            yield
+    except OSError as e:
+        fail(f'{e.filename or file}: {e.strerror}{note}')
+    except KeyboardInterrupt:
+        fail(f'stopped{note}', STOPPED)
 
 
 def worker_process(function, *args):

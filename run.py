@@ -410,6 +410,8 @@ class Progress:
     def __init__(self, knobs, model, state, total, peak=0.0):
         self.knobs, self.model, self.total = knobs, model, total
         self.peak = peak                                         # FLOP/s of all ranks; 0.0: unknown
+        if peak:
+            print_once(f'MFU is the share of {peak / 1e12:.3g} TFLOP/s')
         off = True if ranks()[0] > 0 else None                   # None: off unless on a terminal
         self.bar = tqdm(total=total, initial=state.step, unit='step', disable=off)
         self.seconds_per_flop = []                               # of forward and backward passes

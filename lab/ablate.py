@@ -39,22 +39,24 @@ from checkpoint import checkpoints, read_checkpoint, replace_file, to_json, writ
 from configurator import check_range, configure, fail
 from data_prep import prepare_missing
 from lab.trials import data_sets, hash_of, make_checkpoints, results_of, train_knobs
-from processes import STOPPED, signals_as_ctrl_c
+from processes import ending_in_one_line
+from start import model_config
 
 command = ''                  # 'decay_optimizer', 'sft_timing', 'schedule' or 'recipe'
-quick = False                 # tiny runs, one comparison, no search for learning rates
+quick = False                 # tiny runs of two seeds, one comparison, no search for learning rates
 seeds = 5                     # of the result
 first_seed = 1337             # finds the learning rates; those of the result follow it
 problems = 1000               # held-out sums to solve
 flags = ''                    # more of train.py's flags for every run, as in a shell
 jobs = 0                      # runs at a time; 0: one a CPU core, one on a GPU
-folder = 'results/ablations'  # of the results
+folder = ''                   # of the results; '': results/ablations, of --quick out/ablate/quick
 
 CONFIG = 'config/ablation.py'
 QUICK = ('--data_dir=data/ablation-quick', '--sources.stdlib=stdlib --max_mb=0.3',
          '--sources.arith=arith --num_docs=1000', '--vocab_size=512', '--n_layer=1', '--n_head=1',
          '--n_embd=64', '--n_ffn=160', '--steps_scale=0.02', '--compile=False')
 FILE = Path('out/ablate/trials.jsonl')
+RESULTS = 'results/ablations'
 
 
 class Arm(NamedTuple):
@@ -210,7 +212,8 @@ def compare(comparison):
     """Run a comparison -> {arm's name: its learning rate, measures and differences}."""
     arms = comparison.arms
     exponents, tried = best_exponents(arms)
-    points = [(arm, first_seed + 1 + i, exponents[arm]) for arm in arms for i in range(seeds)]
+    own_seeds = range(first_seed + 1, first_seed + 1 + (2 if quick else seeds))
+    points = [(arm, seed, exponents[arm]) for arm in arms for seed in own_seeds]
     entries = run(points)
     table, reference = {}, None
     for arm in arms:
@@ -356,8 +359,10 @@ def show(key, mean, error, half):
 
 def markdown(result):
     """The page of a result: question, command, and a table for each comparison."""
+    trial = 'A trial: its figures mean nothing. ' if result['quick'] else ''
     lines = [f'# {result["name"]}', '', result['question'], '', f'`{result["command"]}`', '',
-             f'{result["seeds"]} seeds, {result["core_hours"]:.2g} hours of a core.', LEGEND, '']
+             f'{trial}{result["seeds"]} seeds, {result["core_hours"]:.2g} hours of a core.',
+             LEGEND, '']
     for name, table in result['comparisons'].items():
         keys = [key for key in COLUMNS if any(key in row.get('mean', ()) for row in table.values())]
         head = ['arm', 'lr x', *(COLUMNS[key] for key in keys),
@@ -379,20 +384,29 @@ def markdown(result):
 def main():
     if command not in EXPERIMENTS:
         fail(f'{command!r} should be one of {", ".join(EXPERIMENTS)}: python -m lab.ablate --help')
-    check_range(globals(), 2, len(T_975) + 2, 'seeds')
+    check_range(globals(), 2, len(T_975) + 2, 'seeds')      # to 10
     check_range(globals(), 1, 2**31, 'problems')
     check_range(globals(), 0, 2**31, 'first_seed', 'jobs')
-    knobs = base_knobs()
+    try:
+        knobs = base_knobs()
+        model_config(knobs)
+    except ValueError as e:                                      # of flags
+        fail(f'flags={flags!r}: {e}')
+    Path(folder).mkdir(parents=True, exist_ok=True)
     prepare_missing(knobs['data_dir'], data_sets(knobs), knobs['sources'], knobs['vocab_size'])
     experiment = EXPERIMENTS[command]
-    comparisons = experiment()[:1 if quick else None]
-    tables = {comparison.name: compare(comparison) for comparison in comparisons}
+    comparisons = experiment()
+    if quick:
+        comparisons = comparisons[:1]
+    try:
+        tables = {comparison.name: compare(comparison) for comparison in comparisons}
+    except ValueError as e:                                      # a damaged checkpoint
+        fail(e)
     seconds = sum(row['core_seconds'] for table in tables.values() for row in table.values())
     result = {'kind': 'ablation', 'name': command, 'question': ' '.join(experiment.__doc__.split()),
               'command': shlex.join(['python', '-m', 'lab.ablate', *sys.argv[1:]]),
-              'seeds': seeds, 'core_hours': seconds / 3600, 'comparisons': tables,
-              'made_of': made_of(), 'torch': torch.__version__}
-    Path(folder).mkdir(parents=True, exist_ok=True)
+              'quick': quick, 'seeds': 2 if quick else seeds, 'core_hours': seconds / 3600,
+              'comparisons': tables, 'made_of': made_of(), 'torch': torch.__version__}
     page, as_json = markdown(result), to_json(result, indent=1)
     replace_file(Path(folder, f'{command}.json'), lambda f: f.write(as_json.encode()))
     replace_file(Path(folder, f'{command}.md'), lambda f: f.write(page.encode()))
@@ -402,14 +416,8 @@ def main():
 if __name__ == '__main__':
     configure(globals(), positional=['command'])
     if quick:
-        seeds, problems = min(seeds, 2), min(problems, 8)
+        problems = min(problems, 8)
+    folder = folder or ('out/ablate/quick' if quick else RESULTS)
     jobs = jobs or (1 if torch.cuda.is_available() else os.cpu_count())
-    try:
-        with signals_as_ctrl_c():
-            main()
-    except ValueError as e:
-        fail(e)
-    except OSError as e:
-        fail(f'{e.filename or command}: {e.strerror}; the lines of finished runs are whole')
-    except KeyboardInterrupt:
-        fail('stopped; the same command goes on from the runs that have finished', STOPPED)
+    with ending_in_one_line(folder, '; the same command goes on from the runs that have finished'):
+        main()

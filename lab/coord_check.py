@@ -31,7 +31,7 @@ from data_prep import prepare_missing
 from loader import get_batch, open_data
 from model import Xmodel, XmodelConfig, causal_attention
 from muon import make_optimizers, step_all
-from processes import STOPPED, signals_as_ctrl_c
+from processes import ending_in_one_line
 
 mup_rules = 'textbook'        # 'textbook' | 'authors' | 'sp'
 break_ = ''                   # a rule of model.mup_table to break, with --break=RULE
@@ -400,10 +400,5 @@ def main():
 
 if __name__ == '__main__':
     configure(globals())
-    try:
-        with signals_as_ctrl_c():
-            main()
-    except OSError as e:
-        fail(f'{e.filename or out}: {e.strerror}')
-    except KeyboardInterrupt:
-        fail('stopped', STOPPED)
+    with ending_in_one_line(out):
+        main()

@@ -576,7 +576,9 @@ def main(paths):
     if not paths:
         paths = [newest_run()]
     elif paths == ['ablate']:
-        paths = [ablate.folder]
+        paths = [ablate.RESULTS]
+        if not Path(ablate.RESULTS).exists():
+            fail(f'there is no {ablate.RESULTS} yet; python -m lab.ablate NAME makes it')
     try:
         pictures = list_pictures(paths)
         if png and len(pictures) > 1:

@@ -35,12 +35,12 @@ from lab import bench, speed_page
 from loader import get_batch, open_data
 from model import Xmodel, XmodelConfig
 from muon import Muon, matmul_dtype, newton_schulz_flops
-from processes import STOPPED, signals_as_ctrl_c, start_worker, temporary_folder
+from processes import ending_in_one_line, start_worker, temporary_folder
 
 out = 'results'               # folder for speed.md, speed.json and speed.png
 parts = 'work,decoding,muon,loading,width,length,vocabulary,tokens,ranks'      # what to measure
 rounds = 5                    # timed rounds of each part; ranks run twice at most
-quick = False                 # tiny shapes, few points, one round, nothing compiled: a trial
+quick = False                 # tiny shapes, few points, one round, no compiled step: a trial
 redraw = False                # measure nothing: page and picture from the speed.json in `out`
 
 ROOT = Path(__file__).parent.parent
@@ -324,10 +324,5 @@ if __name__ == '__main__':
     if {'--quick', '--quick=True', '--quick=true'} & set(sys.argv):        # another default
         rounds = 1
     configure(globals())
-    try:
-        with signals_as_ctrl_c():
-            main()
-    except OSError as e:
-        fail(f'{e.filename or out}: {e.strerror}')
-    except KeyboardInterrupt:
-        fail('stopped', STOPPED)
+    with ending_in_one_line(out):
+        main()

@@ -167,9 +167,10 @@ def fit_steps(points):
 def describe_line(points):
     intercept, slope, distance = fit_steps(points)
     most = max(median(point['seconds']) for point in points)
-    return (f'The least-squares line: {intercept * 1e3:.1f} ms {slope * 1e6:+.2f} us a token; '
-            f'no point is further from it than {distance * 1e3:.1f} ms, {distance / most:.1%} of '
-            'the longest step.')
+    sign = '-' if slope < 0 else '+'
+    return (f'The least-squares line: {intercept * 1e3:.1f} ms {sign} {abs(slope) * 1e6:.2f} us a '
+            f'token; no point is further from it than {distance * 1e3:.1f} ms, '
+            f'{distance / most:.1%} of the longest step.')
 
 
 def describe_ranks(points):

@@ -35,7 +35,7 @@ from data_prep import prepare_missing
 from lab.coord_check import shape
 from lab.trials import data_sets, hash_of, results_of, train_knobs
 from model import Xmodel, mup_table
-from processes import STOPPED, signals_as_ctrl_c
+from processes import ending_in_one_line
 from start import model_config
 
 command = ''                  # 'search' or 'transfer'
@@ -550,10 +550,5 @@ def main():
 
 if __name__ == '__main__':
     configure(globals(), positional=['command'])
-    try:
-        with signals_as_ctrl_c():
-            main()
-    except OSError as e:
-        fail(f'{e.filename or name}: {e.strerror}; the lines of finished trials are whole')
-    except KeyboardInterrupt:
-        fail('stopped; the same command goes on from the trials that have finished', STOPPED)
+    with ending_in_one_line(name, '; the same command goes on from the trials that have finished'):
+        main()

@@ -1,11 +1,12 @@
 """lab/ablate.py: statistics, what arms share, and every experiment in its quick form."""
 import json
+import os
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, refused, run
 from scipy import stats
 
 from checkpoint import read_checkpoint
@@ -17,7 +18,7 @@ from lab.ablate import EXPERIMENTS, Arm, interval
 def fresh(tmp_path, monkeypatch):
     """Quick knobs, results in tmp_path, and nothing remembered from another test."""
     for key, value in {'quick': True, 'seeds': 2, 'problems': 4, 'jobs': 1,
-                       'folder': str(tmp_path / 'results'),
+                       'folder': ablate.RESULTS,
                        'FILE': tmp_path / 'trials.jsonl'}.items():
         monkeypatch.setattr(ablate, key, value)
     monkeypatch.chdir(tmp_path)
@@ -142,7 +143,23 @@ def test_starts_keep_and_drop_what_they_say(monkeypatch):
 def test_a_run_that_diverged_has_no_mean():
     assert ablate.measured({'status': 'nan'}) is None
     result = {'name': 'x', 'question': '?', 'command': 'x', 'seeds': 2, 'core_hours': 1,
+              'quick': False,
               'comparisons': {'c': {'a': {'exponent': 1, 'mean': {'text': (1, 0, 0)},
                                           'difference': {'text': (0, 0, 0)}},
                                     'b': {'exponent': -1}}}}
     assert '| b | 0.5 |  |  |' in ablate.markdown(result)
+
+
+@pytest.mark.parametrize('arguments, says', [
+    (['decay'], "'decay' should be one of decay_optimizer, sft_timing"),
+    (['recipe', '--seeds=1'], 'seeds=1 should be at least 2'),
+    (['recipe', '--seeds=11'], 'and below 11'), (['recipe', '--problems=0'], 'problems=0'),
+    (['recipe', "--flags='"], 'flags="\'": No closing quotation'),
+    (['recipe', '--flags=--n_head=3'], 'n_head=3 does not divide n_embd=64'),
+    (['recipe', '--folder=file'], 'file')])
+def test_a_mistake_gets_one_line(tmp_path, arguments, says):
+    (tmp_path / 'file').write_text('')
+    for name in ('config', 'data_prep.py'):
+        (tmp_path / name).symlink_to(ROOT / name)
+    assert says in refused(run('lab.ablate', *arguments, '--quick', cwd=tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ['config', 'data_prep.py', 'file']

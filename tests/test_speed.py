@@ -112,7 +112,7 @@ def test_the_sentences_follow_the_figures():
     assert 'tokens/s stay within 5 %' in speed_page.describe_curve('width', points[:1] * 2)
     line = [point(x, [y]) for x, y in ((1000, 0.3), (2000, 0.5), (3000, 0.7), (4000, 1.0))]
     assert speed_page.describe_line(line) == (
-        'The least-squares line: 50.0 ms +230.00 us a token; no point is further from it than '
+        'The least-squares line: 50.0 ms + 230.00 us a token; no point is further from it than '
         '40.0 ms, 4.0% of the longest step.')
     ranks = [point(10, [1.0, 2.0]) | {'processes': 1, 'threads': 1},
              point(10, [0.5, 0.8]) | {'processes': 2, 'threads': 1}]

@@ -320,7 +320,7 @@ def test_lines_that_are_no_trials_are_refused(tmp_path, config, line):
 def test_a_file_in_the_place_of_a_folder_is_one_line(tmp_path, config):
     (tmp_path / 'out').write_text('')
     line = refused(run('lab.sweep', 'transfer', config, cwd=tmp_path))
-    assert 'out' in line and 'the lines of finished trials are whole' in line
+    assert 'out' in line and 'goes on from the trials that have finished' in line
 
 
 @pytest.mark.usefixtures('config')
