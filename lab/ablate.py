@@ -38,7 +38,7 @@ import torch
 from checkpoint import checkpoints, read_checkpoint, replace_file, to_json, write_checkpoint
 from configurator import check_range, configure, fail
 from data_prep import prepare_missing
-from lab.trials import data_sets, hash_of, make_checkpoints, results_of, train_knobs
+from lab.trials import data_sets, hash_of, make_checkpoints, read_trials, results_of, train_knobs
 from processes import ending_in_one_line
 from start import model_config
 
@@ -157,7 +157,9 @@ def run(points):
     """{(arm, seed, exponent): entry of trials.jsonl}, for points of that form, run if they have to
     be."""
     points = list(dict.fromkeys(points))
-    starts = dict.fromkeys((arm.start, seed) for arm, seed, _ in points if arm.start)
+    known = read_trials(FILE)
+    missing = [point for point in points if (made_of(), *trial_flags(*point)) not in known]
+    starts = dict.fromkeys((arm.start, seed) for arm, seed, _ in missing if arm.start)
     stable_runs = dict(stable_run(seed) for _, seed in starts)
     make_checkpoints(stable_runs, [[f'--init_from={run}'] for run in stable_runs], jobs)
     for start, seed in starts:
@@ -215,22 +217,27 @@ def compare(comparison):
     own_seeds = range(first_seed + 1, first_seed + 1 + (2 if quick else seeds))
     points = [(arm, seed, exponents[arm]) for arm in arms for seed in own_seeds]
     entries = run(points)
-    table, reference = {}, None
+    table = {}
     for arm in arms:
         own = [entries[point] for point in points if point[0] == arm]
         runs = [measured(entry) for entry in own]
         row = {'flags': arm.flags, 'start': arm.start, 'exponent': exponents[arm],
                'tried': tried[arm], 'runs': runs,
                'core_seconds': sum(entry['seconds'] for entry in own)}
-        if None not in runs:
-            keys = [key for key, value in runs[0].items() if type(value) is float]
-            row['mean'] = {key: interval([found[key] for found in runs]) for key in keys}
-            reference = reference or runs
-            row['difference'] = {
-                key: interval([found[key] - other[key] for found, other in zip(runs, reference)])
-                for key in keys if key in reference[0]}
         table[arm.name] = row
+        if None not in runs:
+            row['mean'] = {key: interval(values) for key, values in by_measure(runs).items()}
+        first = table[arms[0].name]['runs']
+        if None not in runs + first:
+            others = by_measure(first)
+            row['difference'] = {key: interval([a - b for a, b in zip(values, others[key])])
+                                 for key, values in by_measure(runs).items() if key in others}
     return table
+
+
+def by_measure(runs):
+    """{measure: its number in each of the runs}."""
+    return {key: [found[key] for found in runs] for key in runs[0] if key != 'solved by steps'}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -390,7 +397,9 @@ def main():
     try:
         knobs = base_knobs()
         model_config(knobs)
-    except ValueError as e:                                      # of flags
+        if [phase['name'] for phase in knobs['phases']] != ['stable', 'decay']:
+            raise ValueError('the phases stable and decay should keep their steps')
+    except ValueError as e:
         fail(f'flags={flags!r}: {e}')
     Path(folder).mkdir(parents=True, exist_ok=True)
     prepare_missing(knobs['data_dir'], data_sets(knobs), knobs['sources'], knobs['vocab_size'])

@@ -4,6 +4,7 @@ A trial is one run of train.py in a process of its own, given by its flags. Its 
 of a file trials.jsonl. A trial that has its line is not run again: a program that was stopped
 resumes with the trials that are left when the same command is given. sweep.py is such a program.
 """
+import copy
 import functools
 import hashlib
 import json
@@ -21,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 import train
-from checkpoint import checkpoints, read_log, replace_file, to_json
+from checkpoint import checkpoints, read_checkpoint, read_log, replace_file, to_json
 from configurator import configure, fail, knob_values
 from processes import temporary_folder
 from start import complete_phases
@@ -182,13 +183,24 @@ def known_trials(file, keys):
     return entries
 
 
+def is_complete(run):
+    """Whether a run's newest checkpoint is that of the end of its curriculum."""
+    if not checkpoints(run):
+        return False
+    checkpoint = read_checkpoint(run, check=False)
+    phases = copy.deepcopy(checkpoint['knobs']['phases'])
+    complete_phases(phases, checkpoint['knobs']['steps_scale'])
+    return checkpoint['step'] == sum(phase['steps'] for phase in phases)
+
+
 def make_checkpoints(stable_runs, todo, jobs):
     """Run those of stable_runs ({folder: trial}) that make a checkpoint which a trial in `todo`
-    starts from (init_from) and which does not exist."""
+    starts from (init_from) and which does not exist. Their flags should have --resume: one that was
+    stopped goes on."""
     missing = []
     for folder, stable_run in stable_runs.items():
         needed = any(f'--init_from={folder}' in trial for trial in todo)
-        if needed and not checkpoints(folder):
+        if needed and not is_complete(folder):
             missing.append(stable_run)
     for trial, entry in run_trials(missing, jobs):
         if entry['status'] != 'ok':

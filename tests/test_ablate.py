@@ -88,6 +88,64 @@ def test_a_learning_rate_is_sought_until_both_neighbours_are_worse(monkeypatch):
     assert {seed for _, seed, _ in asked} == {ablate.first_seed} and len(asked) == len(set(asked))
 
 
+def test_the_result_has_other_seeds_than_the_search_and_each_rate_its_flag(monkeypatch):
+    asked = []
+
+    def fake_run(points):
+        asked.extend(points)
+        return {point: {'status': 'nan' if point[0].name == 'a' else 'ok', 'seconds': 1,
+                        'of': point} for point in points}
+
+    def fake_measured(entry):
+        arm, seed, _ = entry.get('of')
+        return None if entry['status'] == 'nan' else {'text': float(arm.guess * seed)}
+
+    monkeypatch.setattr(ablate, 'quick', False)
+    monkeypatch.setattr(ablate, 'seeds', 3)
+    monkeypatch.setattr(ablate, 'best_exponents',
+                        lambda arms: ({arm: arm.guess for arm in arms}, {arm: {} for arm in arms}))
+    monkeypatch.setattr(ablate, 'run', fake_run)
+    monkeypatch.setattr(ablate, 'measured', fake_measured)
+    b, c = Arm('b', (), '', 2), Arm('c', (), '', 3)
+    table = ablate.compare(ablate.Comparison('x', [b, c]))
+    assert sorted({seed for _, seed, _ in asked}) == [ablate.first_seed + i for i in (1, 2, 3)]
+    mean = sum(range(ablate.first_seed + 1, ablate.first_seed + 4)) / 3
+    assert table['c']['difference']['text'][0] == pytest.approx(mean)
+    assert [table['b']['exponent'], table['c']['exponent']] == [2, 3]
+    diverged = ablate.compare(ablate.Comparison('x', [Arm('a'), b, c]))      # nothing to compare to
+    assert not any('difference' in row for row in diverged.values())
+    rates = [trials.train_knobs(*ablate.trial_flags(b, 1, i))['learning_rate'] for i in (-1, 0, 2)]
+    assert rates == [0.005, 0.01, 0.04]
+
+
+def test_a_stable_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(trials, 'run_script', run_here)
+    knobs = ablate.base_knobs()
+    ablate.prepare_missing(knobs['data_dir'], trials.data_sets(knobs), knobs['sources'], 512)
+    folder, trial = ablate.stable_run(1)
+    assert run('train.py', *trial, '--checkpoint_interval=2', '--keep=9',
+               cwd=tmp_path).returncode == 0
+    for file in Path(folder).glob('step_*.pt'):
+        if file.name != 'step_2.pt':
+            file.unlink()                                        # as if it had been stopped there
+    trials.make_checkpoints({folder: trial}, [[f'--init_from={folder}']], 1)
+    assert trials.is_complete(folder) and Path(folder, 'step_6.pt').exists()
+    monkeypatch.setattr(trials, 'run_script', None)              # it is not run again
+    trials.make_checkpoints({folder: trial}, [[f'--init_from={folder}']], 1)
+
+
+def test_shares_of_the_decay_and_the_end_of_the_cosine():
+    def phases(flags):
+        return trials.train_knobs(*ablate.base_flags(), *flags)['phases']
+    stable, decay = phases(ablate.of_length(2, 0.2))
+    assert decay['steps'] / (stable['steps'] + decay['steps']) == 0.2
+    assert stable['steps'] + decay['steps'] == 2 * sum(p['steps'] for p in phases(()))
+    (whole,) = phases(ablate.cosine(2))
+    assert whole['steps'] == stable['steps'] + decay['steps'] and whole['decay'] == 'cosine'
+    for key in ('lr', 'embedding_lr'):
+        assert whole[key][1] / whole[key][2] == 16
+
+
 def run_here(words, running):
     """trials.run_script, in a process that has torch already."""
     done = run(*(Path(word).name if word.endswith('.py') and ROOT in Path(word).parents and
@@ -155,6 +213,7 @@ def test_a_run_that_diverged_has_no_mean():
     (['recipe', '--seeds=1'], 'seeds=1 should be at least 2'),
     (['recipe', '--seeds=11'], 'and below 11'), (['recipe', '--problems=0'], 'problems=0'),
     (['recipe', "--flags='"], 'flags="\'": No closing quotation'),
+    (['recipe', '--flags=--phases.stable.steps=0'], 'should keep their steps'),
     (['recipe', '--flags=--n_head=3'], 'n_head=3 does not divide n_embd=64'),
     (['recipe', '--folder=file'], 'file')])
 def test_a_mistake_gets_one_line(tmp_path, arguments, says):

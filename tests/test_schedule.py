@@ -6,6 +6,7 @@ steps, 20 000 of decay, 10 000 of long context. Matrices run at learning_rate / 
 from pathlib import Path
 
 import pytest
+import torch
 
 import configurator
 import start
@@ -42,6 +43,18 @@ def test_learning_rates(step, matrices, embedding):
     learning_rate, embedding_lr = train.lr_at(step)
     assert learning_rate / 6 == pytest.approx(matrices, rel=1e-6)
     assert embedding_lr == pytest.approx(embedding, rel=1e-6)
+
+
+def test_a_cosine_is_that_of_torch():
+    steps, peak, end = 40, 0.02, 0.002
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=end)
+    phase = {'steps': steps + 10, 'warmup': 10, 'decay': 'cosine'}
+    for i in range(steps):
+        assert train.factor_at(phase, 10 + i, (0, peak, end)) == \
+            pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
 
 
 def test_past_the_end():
