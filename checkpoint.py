@@ -288,12 +288,16 @@ def take_folder(run):
     return file
 
 
+# whose code decides a run
+CODE = ('train', 'model', 'muon', 'fp8', 'hardware', 'loader', 'distributed', 'start', 'run',
+        'data_prep', 'documents', 'tokenizer')
+
+
 @functools.cache
 def code_and_packages():
     """What decides a run beside its knobs and data: code and packages."""
     here, code = Path(__file__).parent, hashlib.sha256()
-    for name in ('train', 'model', 'muon', 'fp8', 'loader', 'distributed', 'start', 'run',
-                 'data_prep', 'documents', 'tokenizer'):
+    for name in CODE:
         code.update((here / f'{name}.py').read_bytes())
     commit = None
     if shutil.which('git'):

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hardware import matmul_dtype
 from model import rope_angles
-from muon import matmul_dtype
 
 
 def weights_dtype(name, device):

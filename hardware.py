@@ -1,9 +1,10 @@
-"""What a device can do at most, and how a step is timed and fed without waiting for a GPU.
+"""What a device can do, and how a step is timed and fed without waiting for a GPU.
 
 A program that uses a GPU only queues work there and goes on. It waits when it reads a number back.
 While it waits it queues nothing, so the GPU then idles until there is more: train.py's loop reads
 once a step.
 """
+import functools
 import time
 from typing import NamedTuple
 
@@ -27,6 +28,24 @@ GPUS = {'a100': GPU(312e12, 0.0, 2.04e12, 85e9, 300e9,
         'h100': GPU(989e12, 1979e12, 3.35e12, 85e9, 450e9, ('NVIDIA H100 80GB HBM3',)),
         'h200': GPU(989e12, 1979e12, 4.8e12, 150e9, 450e9, ('NVIDIA H200',)),
         'b200': GPU(2250e12, 4500e12, 7.7e12, 190e9, 900e9, ('NVIDIA B200',))}
+
+
+@functools.cache
+def has_bf16(device):
+    """Whether 'cuda', 'cpu' or 'mps' multiplies bf16 in hardware.
+
+    A CPU without such units takes hundreds of times as long for it as for fp32.
+    """
+    if device == 'cpu':
+        return torch.cpu._is_avx512_bf16_supported()
+    if device == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return False
+
+
+def matmul_dtype(device):
+    """bf16 where the hardware multiplies it, else fp32."""
+    return torch.bfloat16 if has_bf16(device) else torch.float32
 
 
 def peak_flops(device, dtype):

@@ -8,30 +8,13 @@ decay begins.
 
     python muon.py         # how close five Newton–Schulz steps come to an orthogonal matrix
 """
-import functools
 import math
 
 import torch
 import torch.distributed as dist
 
 from distributed import AdamW, parameters_of, ranks
-
-
-@functools.cache
-def has_bf16(device):
-    """Whether 'cuda', 'cpu' or 'mps' multiplies bf16 in hardware.
-
-    A CPU without such units takes hundreds of times as long for it as for fp32.
-    """
-    if device == 'cpu':
-        return torch.cpu._is_avx512_bf16_supported()
-    if device == 'cuda':
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return False
-
-
-def matmul_dtype(device):
-    return torch.bfloat16 if has_bf16(device) else torch.float32
+from hardware import matmul_dtype
 
 
 def zeropower_via_newtonschulz5(G, steps=5, dtype=None):

@@ -33,9 +33,9 @@ from data_prep import prepare_missing
 from distributed import load_state, print_once, rank_0_first, ranks
 from documents import SPLITS
 from fp8 import E4M3, E5M2, convert_to_float8
+from hardware import has_bf16
 from loader import check_ids, get_batch, open_data
 from model import Xmodel, XmodelConfig
-from muon import has_bf16
 from tracker import check_tracker
 
 # knobs that --resume lets change, since they do not decide what is learned; all others it refuses

@@ -40,7 +40,7 @@ from checkpoint import replace_file
 from configurator import check_range, configure, fail, knob_values
 from export import hf_config
 from fp8 import convert_to_float8
-from hardware import GPUS, gemm_flops
+from hardware import GPUS, gemm_flops, has_bf16
 from lab import gpu, plan
 from lab.plan import gain_of_fp8
 from lab.roofline import (
@@ -50,7 +50,6 @@ from lab.roofline import (
     work_of_a_step,
 )
 from model import Xmodel, XmodelConfig, rope_angles
-from muon import has_bf16
 from processes import STOPPED, signals_as_ctrl_c, start_worker
 
 variants = 'ours-eager,ours-compiled,granite-eager,granite-compiled'    # also fp8-, dynamic-

@@ -30,11 +30,11 @@ from tqdm import tqdm
 from checkpoint import read_log, replace_file, to_json
 from configurator import check_range, configure, fail, knob_values
 from data_prep import prepare_missing
-from hardware import gemm_flops
+from hardware import gemm_flops, matmul_dtype
 from lab import bench, speed_page
 from loader import get_batch, open_data
 from model import Xmodel, XmodelConfig
-from muon import Muon, matmul_dtype, newton_schulz_flops
+from muon import Muon, newton_schulz_flops
 from processes import ending_in_one_line, start_worker, temporary_folder
 
 out = 'results'               # folder for speed.md, speed.json and speed.png

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 import train
-from checkpoint import checkpoints, read_checkpoint, read_log, replace_file, to_json
+from checkpoint import CODE, checkpoints, read_checkpoint, read_log, replace_file, to_json
 from configurator import configure, fail, knob_values
 from processes import temporary_folder
 from start import complete_phases
@@ -45,16 +45,11 @@ def data_sets(knobs):
     return dict.fromkeys(name for phase in knobs['phases'] for name in phase['data'])
 
 
-# files whose code decides a run's result
-CODE = ('data_prep.py', 'distributed.py', 'documents.py', 'fp8.py', 'loader.py', 'model.py',
-        'muon.py', 'run.py', 'start.py', 'train.py')
-
-
 def hash_of(knobs, scoring=()):
     """Hash of what decides a trial's result beside its flags: config, code, torch and text."""
-    code = (*CODE, 'eval.py', 'generate.py') if scoring else CODE
+    code = (*CODE, 'eval', 'generate') if scoring else CODE
     parts = [repr(knobs), repr(scoring) if scoring else '', torch.__version__]
-    parts += [Path(ROOT, file).read_text() for file in code]
+    parts += [Path(ROOT, f'{name}.py').read_text() for name in code]
     parts += [Path(knobs['data_dir'], name, 'meta.json').read_text() for name in data_sets(knobs)]
     return hashlib.sha256('\0'.join(parts).encode()).hexdigest()[:12]
 

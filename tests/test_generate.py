@@ -13,7 +13,7 @@ from conftest import ROOT, make_chain, refused, run
 from test_model import TINY, build, granite, ids, one_thread  # noqa: F401             (a fixture)
 
 import generate
-import muon
+import hardware
 import sample
 from checkpoint import load_model
 from generate import Continuation, Decoder
@@ -151,7 +151,7 @@ def test_bf16_decodes_as_transformers_granite_in_bf16():
 
 def test_auto_is_bf16_where_the_hardware_has_it(monkeypatch):
     for units, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(muon, 'has_bf16', lambda device, units=units: units)
+        monkeypatch.setattr(hardware, 'has_bf16', lambda device, units=units: units)
         assert generate.weights_dtype('auto', 'cpu') == expected
     assert generate.weights_dtype('bfloat16', 'cpu') == torch.bfloat16
 

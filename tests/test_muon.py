@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 
-import muon
+import hardware
 from model import Xmodel, XmodelConfig
 from muon import Muon, make_optimizers, zeropower_via_newtonschulz5
 
@@ -92,10 +92,10 @@ def test_newton_schulz_against_svd(shape):
 @pytest.mark.parametrize('units', [True, False])
 def test_newton_schulz_is_in_bf16_only_where_there_are_units_for_it(units, monkeypatch):
     G = weights((32, 64))[0].detach()
-    monkeypatch.setattr(muon, 'has_bf16', lambda device: units)
+    monkeypatch.setattr(hardware, 'has_bf16', lambda device: units)
     X = zeropower_via_newtonschulz5(G)
     assert X.dtype == (torch.bfloat16 if units else torch.float32)
-    monkeypatch.setattr(muon, 'has_bf16', lambda device: not units)
+    monkeypatch.setattr(hardware, 'has_bf16', lambda device: not units)
     assert_near(X.float(), zeropower_via_newtonschulz5(G).float(), 0.06)     # 3.9 %
 
 

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import (
 )
 
 import distributed
+import hardware
 import model as network
 import muon
 import start
@@ -160,7 +161,7 @@ print(status('VmHWM') - before)
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 @pytest.mark.parametrize('checkpointing, fp8', [(0, 0), (1, 0), (0, 1)])
 def test_memory_of_a_step_is_what_a_process_takes(checkpointing, fp8):
-    bf16 = muon.has_bf16('cpu')                                  # else it takes minutes
+    bf16 = hardware.has_bf16('cpu')                                  # else it takes minutes
     shape, rows = (4, 4, 2, 256, 640, 4096, 512), 16
     argv = map(str, (checkpointing, fp8, int(bf16), *shape, rows))
     # freed memory goes back to the system at once, so that resident is what is alive
