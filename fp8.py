@@ -40,6 +40,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from hardware import product_dtype
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
@@ -186,8 +188,7 @@ class Float8Linear(nn.Linear):
     """
 
     def forward(self, x):
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = product_dtype(x)
         records, mode = self.records(), self.scaling.mode()
         if not torch.is_grad_enabled():
             # Evaluation and generation should leave no trace. (A checkpointed block, which is

@@ -48,6 +48,12 @@ def matmul_dtype(device):
     return torch.bfloat16 if has_bf16(device) else torch.float32
 
 
+def product_dtype(x):
+    """dtype in which x is multiplied: autocast's where that is on, else its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def peak_flops(device, dtype):
     """FLOP/s that the device can do at most, of which MFU is a share; 0.0: not known.
 

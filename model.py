@@ -33,6 +33,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from hardware import product_dtype
+
 # A larger model is a typing error: it is refused before anything is allocated.
 LARGEST = {'n_layer': 2**10, 'n_embd': 2**20, 'n_ffn': 2**22, 'vocab_size': 2**24,
            'block_size': 2**24}
@@ -504,10 +506,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def chunked_cross_entropy(x, weight, targets, multiplier, loss_of_chunk=loss_of_chunk):
     """x (N, C), weight (V, C), targets (N,) with -1 = ignored -> scalar loss in nats."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return ChunkedCrossEntropy.apply(x, weight, targets, multiplier, dtype, torch.is_grad_enabled(),
-                                     loss_of_chunk)
+    return ChunkedCrossEntropy.apply(x, weight, targets, multiplier, product_dtype(x),
+                                     torch.is_grad_enabled(), loss_of_chunk)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -232,6 +232,10 @@ class LossWatch:
         print_once(f'step {step} is skipped: {self.reason}; --replay={step} looks at it again')
         return False
 
+    def gives_up(self):
+        """Whether the last five steps were not finite."""
+        return self.skipped == 5
+
     def record(self, step, first, loss, rows):
         """Remember a step's loss -> what the log should have beside it: a spike, a skipped step.
 
@@ -496,7 +500,7 @@ def end_of_run(knobs, files, watch, signals, state, total):
         dist.destroy_process_group()
     if files.tracker:
         files.tracker.finish()
-    if watch.skipped == 5 and not files.off:
+    if watch.gives_up() and not files.off:
         sys.exit(1 if rank else f'train.py: step {state.step - 1} is the fifth in a row that is '
                  f'not finite: {watch.reason}; try a lower learning_rate')
     if rank > 0 and state.step >= total:

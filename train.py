@@ -365,7 +365,7 @@ def main(knobs, given, defaults):
             entry |= watch.compare_with_reference(first, phase['batch'] * T)
         files.log(entry)
         progress.show(state.step, phase, entry, phase_ends)
-        if watch.skipped == 5 and replay < 0:
+        if watch.gives_up() and replay < 0:
             break
         if state.step % checkpoint_interval == 0 or phase_ends:
             files.save(state, model, optimizers, scaling)
