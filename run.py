@@ -433,7 +433,9 @@ class Progress:
         of_kind = self.optimizer_seconds.setdefault(phase['optimizer'], [])
         of_kind.append(optimizer_seconds)
         if len(of_kind) == 5 and ranks()[0] == 0:
-            print_once(f'about {self.seconds_left(step) / 60:,.0f} minutes to go')
+            minutes = self.seconds_left(step) / 60
+            left = f'about {minutes:,.0f} minutes' if minutes >= 1 else 'less than a minute'
+            print_once(f'{left} to go')
         seconds = pass_seconds + optimizer_seconds
         speed = {'tok_per_s': round(tokens / seconds, 1)}
         if self.peak:
