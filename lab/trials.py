@@ -2,7 +2,8 @@
 
 A trial is one run of train.py in a process of its own, given by its flags. Its result is one line
 of a file trials.jsonl. A trial that has its line is not run again: a program that was stopped
-resumes with the trials that are left when the same command is given. sweep.py is such a program.
+resumes with the trials that are left when the same command is given. Such programs are sweep.py and
+ablate.py.
 """
 import copy
 import functools
