@@ -132,8 +132,8 @@ class Decoder:
             run_pass, seen = self.compiled_pass, self.max_len
         for cache in self.caches:
             cache.at, cache.seen = at, seen
-        keys = None                                                # causal over idx alone
-        if first or self.padded or run_pass is not one_pass:
+        keys = None                     # one token sees all that was read, or idx sees itself alone
+        if (first and T > 1) or self.padded or run_pass is not one_pass:
             keys = self.keys[:seen]
         return run_pass(self.model, self.caches, idx, at, self.pad, keys)
 
@@ -141,7 +141,8 @@ class Decoder:
 def one_pass(model, caches, idx, at, pad, keys):
     """Logits (B, V) after idx (B, T), which stand in columns `at` (T,) of the caches.
 
-    keys: the columns that attention reads, (keys,), or None where it is causal over idx alone.
+    keys: the columns that attention reads, (keys,), or None where idx is all that there is or one
+    token that sees every column.
     """
     positions = (at - pad[:, None]).clamp(min=0)                                # (B, T)
     cos, sin = rope_angles(positions, model.config.hd, model.config.rope_theta)  # (B, T, 1, hd/2)

@@ -21,26 +21,28 @@ def zeropower_via_newtonschulz5(G, steps=5, dtype=None):
     """G (..., rows, cols) -> about U Vᵀ of its SVD, same shape; batched over (...).
 
     dtype: of the products and the result, whatever G's; by default bf16 where the hardware has it.
-    The result may be a transposed view.
 
-    Iterates X <- a X + (b A + c A²) X with A = X Xᵀ, an odd quintic applied to the singular values.
+    Iterates X <- a X + (b A + c A²) X with A = X Xᵀ, an odd quintic applied to the singular values
+    (of a tall matrix all of it transposed, so that A is the smaller product).
     The coefficients (Keller Jordan, 2024) are tuned for a steep slope at zero: five steps carry
     singular values of 0.01...1 to about 0.7...1.2, which serves as well as exactly 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.to(dtype or matmul_dtype(G.device.type)).reshape(-1, *G.shape[-2:])
-    tall = G.size(-2) > G.size(-1)
-    if tall:
-        X = X.mT                                              # so that X Xᵀ is the smaller product
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)       # all singular values at most 1
+    tall = G.size(-2) > G.size(-1)
     for _ in range(steps):
         # baddbmm adds b A, or a X, before it rounds: a rounding and a pass over memory fewer
-        A = X @ X.mT                                          # (batch, n, n), n = min(rows, cols)
+        A = X.mT @ X if tall else X @ X.mT                    # (batch, n, n), n = min(rows, cols)
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)           # b A + c A²
-        X = torch.baddbmm(X, B, X, beta=a)                    # a X + B X
-    if tall:
-        X = X.mT
+        if tall:
+            X = torch.baddbmm(X, X, B, beta=a)                # the same, transposed
+        else:
+            X = torch.baddbmm(X, B, X, beta=a)                # a X + B X
     return X.reshape(G.shape)
+
+
+STACK = 8                          # weights at a time: a whole role's would not fit a CPU's cache
 
 
 class Muon(torch.optim.Optimizer):
@@ -55,8 +57,9 @@ class Muon(torch.optim.Optimizer):
     grows as lr sqrt(width), which asks for lr 1/sqrt(m) (`muon_lr_mult` in model.mup_table).
     Xmodel-2.5's own decay used 1/m, Adam's rule; its searches with Muon alone, 1/sqrt(m).
 
-    Weights of one shape are stacked and orthogonalised together. A fused weight (qkv, gate-up) is
-    one matrix, as in Xmodel-2.5's code; split=True takes its group's `parts` (rows, ...) singly.
+    Weights of one shape are orthogonalised together, STACK at a time. A fused weight (qkv,
+    gate-up) is one matrix, as in Xmodel-2.5's code; split=True takes its group's `parts` (rows,
+    ...) singly.
     """
 
     state_keys = ('momentum_buffer',)                         # state that is as large as a weight
@@ -64,8 +67,8 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params, lr=0.01, momentum=0.95, weight_decay=0.1, split=False, dtype=None):
         super().__init__(params, {'lr': lr, 'momentum': momentum, 'weight_decay': weight_decay,
                                   'split': split, 'parts': None})
-        self.dtype = dtype                                    # of Newton–Schulz
         matrices = [p for group in self.param_groups for p in group['params']]
+        self.dtype = dtype or matmul_dtype(matrices[0].device.type)          # of Newton–Schulz
         self.owner = assign_owners(matrices, ranks()[1])      # {matrix: rank}, of one process all 0
 
     @torch.no_grad()
@@ -73,40 +76,39 @@ class Muon(torch.optim.Optimizer):
         # with one process, exchange yields what updates yields
         for group, weights, update in exchange(self.updates(), self.owner, self.dtype):
             rms = self.rms_scale(group, weights[0])
-            torch._foreach_mul_(weights, 1 - group['lr'] * group['weight_decay'])
-            torch._foreach_sub_(weights, (update.to(rms.dtype) * rms).unbind(), alpha=group['lr'])
+            for p, u in zip(weights, update):
+                p.mul_(1 - group['lr'] * group['weight_decay'])
+                p.addcmul_(u.to(p.dtype), rms, value=-group['lr'])
 
     def updates(self):
-        """For each shape yield (group, its weights, U Vᵀ of those that this rank owns)."""
+        """Yield (group, weights of one shape, U Vᵀ of those that this rank owns)."""
+        rank, world = ranks()
         for group in self.param_groups:
             by_shape = {}
             for p in group['params']:
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
-            for weights in by_shape.values():
-                own = [p for p in weights if self.owner[p] == ranks()[0]]
-                yield group, weights, self.orthogonal_update(group, own)
+            for same_shape in by_shape.values():
+                for i in range(0, len(same_shape), STACK * world):
+                    weights = same_shape[i:i + STACK * world]
+                    own = [p for p in weights if self.owner[p] == rank]
+                    yield group, weights, self.orthogonal_update(group, own)
 
     def orthogonal_update(self, group, weights):
         """U Vᵀ of the momentum of n weights of one shape: (n, rows, cols); None of no weights."""
         if not weights:
             return None
-        u = self.nesterov_momentum(weights, group['momentum'])              # (n, rows, cols)
-        parts = u.split(self.parts_of(group, weights[0]), dim=1)
-        # cat also makes a single part contiguous, which may be a transposed view
-        return torch.cat([zeropower_via_newtonschulz5(part, dtype=self.dtype) for part in parts],
-                         dim=1)
+        u = torch.stack([self.nesterov_momentum(p, group['momentum']) for p in weights])
+        parts = [zeropower_via_newtonschulz5(part, dtype=self.dtype)
+                 for part in u.split(self.parts_of(group, weights[0]), dim=1)]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
-    def nesterov_momentum(self, weights, momentum):
-        """Add the gradients of n weights of one shape to their momentum -> u, (n, rows, cols)."""
-        for p in weights:
-            if not self.state[p]:
-                self.state[p]['momentum_buffer'] = torch.zeros_like(p)
-        grads = [p.grad for p in weights]
-        buffers = [self.state[p]['momentum_buffer'] for p in weights]
-        torch._foreach_mul_(buffers, momentum)
-        torch._foreach_add_(buffers, grads)
-        return torch.stack(torch._foreach_add(grads, buffers, alpha=momentum))
+    def nesterov_momentum(self, p, momentum):
+        """Add a weight's gradient to its momentum -> u, in Newton–Schulz's dtype."""
+        if not self.state[p]:
+            self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+        buf = self.state[p]['momentum_buffer'].mul_(momentum).add_(p.grad)
+        return p.grad.add(buf, alpha=momentum).to(self.dtype)
 
     def parts_of(self, group, p):
         """Rows of each matrix that Newton–Schulz takes: all of p's or, if split, its parts."""
@@ -195,9 +197,8 @@ def exchange(updates, owner, dtype):
             if sender == rank:
                 update = own_update
             else:
-                device = weights[0].device
-                update = torch.empty(len(of_sender), *weights[0].shape, device=device,
-                                     dtype=dtype or matmul_dtype(device.type))
+                update = torch.empty(len(of_sender), *weights[0].shape, dtype=dtype,
+                                     device=weights[0].device)
             work = dist.broadcast(update, sender, async_op=True)
             in_flight.append((group, of_sender, update, work))
         yield from arrived(previous)

@@ -106,20 +106,6 @@ MEASURED = [
 # --------------------------------------------------------------------------------------------------
 # Memory: the code itself, run on tensors without data
 
-class KernelRMSNorm(torch.autograd.Function):
-    """RMSNorm as a GPU computes it: one kernel, which keeps its input and 1 / rms."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight, x[..., :1].float())
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight)
-
-
 def alive(tracker, when):
     """Bytes of the tensors that a MemTracker knows; when: 'peak' or 'current'."""
     snapshot = tracker.get_tracker_snapshot(when)
@@ -129,13 +115,12 @@ def alive(tracker, when):
 def peak_of_a_step(c, rows, checkpointing=False, fp8=False, bf16=True, as_on_gpu=True):
     """(peak of the forward pass, peak of the step) in bytes beside weights and gradients.
 
-    In eager mode. as_on_gpu: with a GPU's RMSNorm, softmax, attention and chunks of logits, in
-    place of the CPU's.
+    In eager mode. as_on_gpu: with a GPU's softmax, attention and chunks of logits, in place of the
+    CPU's. (RMSNorm keeps the same on both: its input and 1 / rms.)
     """
-    before = F.rms_norm, F.log_softmax, network.CHUNK, network.MATMUL_MAX_T
+    before = F.log_softmax, network.CHUNK, network.MATMUL_MAX_T
     if as_on_gpu:
-        F.rms_norm = lambda x, shape, weight, eps: KernelRMSNorm.apply(x, weight)
-        F.log_softmax = lambda x, dim, dtype: torch.empty_like(x, dtype=dtype)  # one kernel, too
+        F.log_softmax = lambda x, dim, dtype: torch.empty_like(x, dtype=dtype)  # one kernel
         network.CHUNK = network.CHUNK_ON_GPU
         network.MATMUL_MAX_T = 0                                 # always the fused kernel
     try:
@@ -162,7 +147,7 @@ def peak_of_a_step(c, rows, checkpointing=False, fp8=False, bf16=True, as_on_gpu
             step_peak = alive(tracker, 'peak')
             return forward_peak - weights_and_gradients, step_peak - weights_and_gradients
     finally:
-        F.rms_norm, F.log_softmax, network.CHUNK, network.MATMUL_MAX_T = before
+        F.log_softmax, network.CHUNK, network.MATMUL_MAX_T = before
 
 
 @cache

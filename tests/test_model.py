@@ -19,6 +19,8 @@ import train
 from checkpoint import load_model
 from model import (
     Block,
+    RMSNorm,
+    RMSNormOnCPU,
     Xmodel,
     XmodelConfig,
     apply_rope,
@@ -523,6 +525,20 @@ def test_the_largest_sizes_can_be_planned():
     c = replace(TINY, **network.LARGEST | {'n_layer': 2, 'n_head': 2**10, 'n_kv_head': 2**10})
     C, in_a_block = c.n_embd, 4 * c.n_embd**2 + 3 * c.n_embd * c.n_ffn + 2 * c.n_embd
     assert build(c, device='meta').num_params() == c.vocab_size * C + c.n_layer * in_a_block + C
+
+
+@pytest.mark.parametrize('shape', [(5, 48), (2, 3, 48)])
+def test_rms_norm_and_its_gradients_are_torchs(shape):
+    g = torch.Generator().manual_seed(0)
+    x, gain = torch.randn(*shape, generator=g), torch.randn(48, generator=g)
+    norm = RMSNorm(48, eps=0.1)
+    norm.weight.data = gain
+    theirs = F.rms_norm(x.double(), (48,), gain.double(), 0.1)
+    assert_close(norm(x), theirs, 1e-6)
+    with torch.no_grad():
+        assert_close(norm(x), theirs, 1e-6)
+    x, gain = (t.double().requires_grad_() for t in (x, gain))
+    torch.autograd.gradcheck(RMSNormOnCPU.apply, (x, gain, 0.1))
 
 
 def test_the_worked_example_has_the_tables_numbers():

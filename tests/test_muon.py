@@ -47,7 +47,7 @@ def test_equals_torch_muon(shape):
 
 
 def test_weights_of_one_shape_together_equal_one_by_one():
-    shapes = [(64, 32), (32, 64), (64, 32), (64, 32)]
+    shapes = [(64, 32), (32, 64), *[(64, 32)] * 9]               # more than one stack
     together, alone = weights(*shapes), weights(*shapes)
     one_by_one = Muon([{'params': [p]} for p in alone])          # groups are stepped singly
     for a, b in zip(train(together, Muon(together)), train(alone, one_by_one)):
