@@ -251,8 +251,8 @@ PEOPLE = (('Tom', 'He'), ('Ben', 'He'), ('Ann', 'She'))
 THINGS = ('apples', 'books', 'coins', 'pens')
 
 
-def arith(num_docs, seed):
-    """Yield SFT documents: a story of 1 to 3 steps, each worked on a line of its own, then #### N.
+def arith(num_docs, seed, steps=(1, 1, 1, 2, 2, 3)):
+    """Yield SFT documents: a story of steps, each worked on a line of its own, then #### N.
 
         Question: Ben has 3 bags of 4 coins. He loses 5. How many coins does he have now?
         Answer:
@@ -262,36 +262,37 @@ def arith(num_docs, seed):
 
     Small enough for a 20M model to learn from ten thousand: the second operand is at most 9, all
     totals lie in 0 to 30, and spaces make every number one token. The key is the worked steps, so
-    that val holds no problem of train in other words.
+    that val holds no problem of train in other words. steps: from these, the number of a story's
+    steps is drawn.
     """
     rng = random.Random(f'arith {seed}')
     for _ in range(num_docs):
         name, he = rng.choice(PEOPLE)
         things = rng.choice(THINGS)
-        n_steps = rng.choice((1, 1, 1, 2, 2, 3))
-        steps = []
+        n_steps = rng.choice(steps)
+        worked = []
         if rng.random() < 0.2:
             bags, each = rng.randint(2, 5), rng.randint(2, 6)
             total = bags * each
             story = f'{name} has {bags} bags of {each} {things}.'
-            steps.append(f'{bags} * {each} = {total}')
+            worked.append(f'{bags} * {each} = {total}')
         else:
             total = rng.randint(2, 15)
             story = f'{name} has {total} {things}.'
-        while len(steps) < n_steps:
+        while len(worked) < n_steps:
             n, gains = rng.randint(1, 9), rng.random() < 0.5
             after = total + n if gains else total - n
             if not 0 <= after <= 30:
                 continue
             if gains:
                 story += f' {he} gets {n} more.'
-                steps.append(f'{total} + {n} = {after}')
+                worked.append(f'{total} + {n} = {after}')
             else:
                 story += f' {he} loses {n}.'
-                steps.append(f'{total} - {n} = {after}')
+                worked.append(f'{total} - {n} = {after}')
             total = after
         prompt = f'Question: {story} How many {things} does {he.lower()} have now?\nAnswer:\n'
-        text = '\n'.join([*steps, f'#### {total}'])
+        text = '\n'.join([*worked, f'#### {total}'])
         yield Document(text, prompt, text)
 
 

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from hardware import product_dtype
@@ -295,6 +296,7 @@ class RMSNormOnCPU(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable                           # scale would count as a constant
     def backward(ctx, grad):
         x, gain, scale = ctx.saved_tensors
         normed = x * scale

@@ -2,8 +2,8 @@
 
     python -m lab.ablate decay_optimizer
 
-Text and sums as in the proxy. 1M tokens, of which decay takes 40 %: minutes on one CPU core. The
-phase between the two is for runs that go over to Muon before the decay.
+Text and sums as in the proxy. 1M tokens, of which decay takes 40 %: minutes on one CPU core. Two
+phases have no steps but in runs that go over to Muon before the decay, or on to long texts.
 """
 out_dir = 'out/ablation'
 data_dir = 'data/ablation'
@@ -30,5 +30,9 @@ phases = [
      'data': {'arith': 0.67, 'stdlib': 0.33},
      'optimizer': 'muon', 'decay': 'exponential',
      'lr': (0, 1, 1 / 16), 'embedding_lr': (0, 1, 1 / 16)},
+    {'name': 'long', 'steps': 0, 'batch': 2, 'block_size': 1024,
+     'data': {'arith': 0.67, 'stdlib': 0.33},
+     'optimizer': 'muon', 'warmup': 8, 'decay': 'linear',
+     'lr': (0, 1 / 16, 1 / 160), 'embedding_lr': (0, 1 / 16, 1 / 160)},
 ]
 eval_rows = 64

@@ -29,7 +29,7 @@ from processes import temporary_folder
 from start import complete_phases
 
 ROOT = Path(__file__).parent.parent
-TRAIN, EVAL = ROOT / 'train.py', ROOT / 'eval.py'
+TRAIN, EVAL, VARIANTS = ROOT / 'train.py', ROOT / 'eval.py', ROOT / 'lab/variants.py'
 
 
 @functools.cache
@@ -64,18 +64,27 @@ def out_dir_of(trial, default):
 
 
 def run_script(words, running):
-    """Run `python *words`, which ends with this process -> (exit code, what it wrote to stderr).
+    """Run `python *words`, which ends with this process -> (exit code, its stderr, its stdout).
 
     running: a list to which its process is appended, so that the caller can kill it.
     """
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / 'processes.py'), *words], stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {'OMP_NUM_THREADS': '1'})               # so jobs do not change results
-    running.append(process)
-    errors = process.stderr.read()                               # (its stdin stays open till then)
-    process.communicate()
-    return process.returncode, errors
+    with tempfile.TemporaryFile('w+') as output:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / 'processes.py'), *words], stdin=subprocess.PIPE,
+            stdout=output, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {'OMP_NUM_THREADS': '1'})           # so jobs do not change results
+        running.append(process)
+        errors = process.stderr.read()                           # (its stdin stays open till then)
+        process.communicate()
+        output.seek(0)
+        return process.returncode, errors, output.read()
+
+
+def script_of(trial):
+    """The script that runs train.py with the flags of a trial; --variant=NAME is for variants.py.
+    """
+    changed = any(flag.startswith('--variant=') for flag in trial)
+    return str(VARIANTS if changed else TRAIN)
 
 
 def run_trial(trial, folder, running, scoring=()):
@@ -89,9 +98,9 @@ def run_trial(trial, folder, running, scoring=()):
         run = out_dir_of(trial, f'{own_folder}/run')
         never = 2**62                                            # but at the ends of phases
         flags = [f'--out_dir={run}', f'--eval_interval={never}', f'--checkpoint_interval={never}']
-        returncode, errors = run_script([str(TRAIN), *trial, *flags], running)
+        returncode, errors, _ = run_script([script_of(trial), *trial, *flags], running)
         if not returncode and scoring:
-            returncode, errors = run_script([str(EVAL), run, *scoring], running)
+            returncode, errors, _ = run_script([str(EVAL), run, *scoring], running)
         entry = {'status': 'ok', 'loss': None, 'seconds': round(time.time() - began, 1)}
         if returncode:
             return entry | describe_failure(errors, returncode)

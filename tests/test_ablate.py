@@ -19,7 +19,7 @@ def fresh(tmp_path, monkeypatch):
     """Quick knobs, results in tmp_path, and nothing remembered from another test."""
     for key, value in {'quick': True, 'seeds': 2, 'problems': 4, 'jobs': 1,
                        'folder': ablate.RESULTS,
-                       'FILE': tmp_path / 'trials.jsonl'}.items():
+                       'FILE': tmp_path / 'out/ablate/trials.jsonl'}.items():
         monkeypatch.setattr(ablate, key, value)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ablate, 'CONFIG', str(ROOT / 'config/ablation.py'))
@@ -38,12 +38,16 @@ def test_the_interval_is_that_of_students_t(n):
     assert mean / error == pytest.approx(paired.statistic)
 
 
+COMPARED = [name for name in EXPERIMENTS if name != 'signatures']
+
+
 def test_every_arm_is_one_that_train_takes():
-    for experiment in EXPERIMENTS.values():
-        for comparison in experiment():
+    for name in COMPARED:
+        for comparison in EXPERIMENTS[name]():
             assert len({arm.name for arm in comparison.arms}) == len(comparison.arms) > 1
             for arm in comparison.arms:
-                assert trials.train_knobs(*ablate.base_flags(), *arm.flags)
+                flags = ablate.without_variant(arm.flags)
+                assert trials.train_knobs(*ablate.base_flags(), *flags)
 
 
 def tokens_of(arm):
@@ -68,7 +72,8 @@ def test_a_learning_rate_is_sought_until_both_neighbours_are_worse(monkeypatch):
     best = {'a': 3, 'b': -1, 'c': 0}
     asked = []
 
-    def fake_run(points):
+    def fake_run(points, solve):
+        assert not solve
         asked.extend(points)
         return {(arm, seed, e): {'status': 'nan' if e > 4 else 'ok', 'name': arm.name, 'e': e}
                 for arm, seed, e in points}
@@ -91,7 +96,7 @@ def test_a_learning_rate_is_sought_until_both_neighbours_are_worse(monkeypatch):
 def test_the_result_has_other_seeds_than_the_search_and_each_rate_its_flag(monkeypatch):
     asked = []
 
-    def fake_run(points):
+    def fake_run(points, keep):
         asked.extend(points)
         return {point: {'status': 'nan' if point[0].name == 'a' else 'ok', 'seconds': 1,
                         'of': point} for point in points}
@@ -122,7 +127,7 @@ def test_a_stable_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(trials, 'run_script', run_here)
     knobs = ablate.base_knobs()
     ablate.prepare_missing(knobs['data_dir'], trials.data_sets(knobs), knobs['sources'], 512)
-    folder, trial = ablate.stable_run(1)
+    folder, trial = ablate.run_before(1)
     assert run('train.py', *trial, '--checkpoint_interval=2', '--keep=9',
                cwd=tmp_path).returncode == 0
     for file in Path(folder).glob('step_*.pt'):
@@ -148,12 +153,11 @@ def test_shares_of_the_decay_and_the_end_of_the_cosine():
 
 def run_here(words, running):
     """trials.run_script, in a process that has torch already."""
-    done = run(*(Path(word).name if word.endswith('.py') and ROOT in Path(word).parents and
-                 'config' not in word else word for word in words), cwd=Path.cwd())
-    return done.returncode, done.stderr
+    done = run(str(Path(words[0]).relative_to(ROOT)), *words[1:], cwd=Path.cwd())
+    return done.returncode, done.stderr, done.stdout
 
 
-@pytest.mark.parametrize('name', EXPERIMENTS)
+@pytest.mark.parametrize('name', COMPARED)
 def test_an_experiment_in_its_quick_form(name, monkeypatch, capsys):
     monkeypatch.setattr(trials, 'run_script', run_here)
     monkeypatch.setattr(ablate, 'command', name)
@@ -175,6 +179,17 @@ def test_an_experiment_in_its_quick_form(name, monkeypatch, capsys):
     monkeypatch.setattr(trials, 'run_script', None)              # nothing is run again
     ablate.main()
     assert json.loads(Path(ablate.folder, f'{name}.json').read_text()) == result
+
+
+def test_signatures_in_their_quick_form(monkeypatch, capsys):
+    monkeypatch.setattr(trials, 'run_script', run_here)
+    monkeypatch.setattr(ablate, 'command', 'signatures')
+    ablate.main()
+    result = json.loads(Path(ablate.folder, 'signatures.json').read_text())
+    page = Path(ablate.folder, 'signatures.md').read_text()
+    assert page in capsys.readouterr().out
+    for sign in result['signs']:
+        assert sign['provoked_by'] in page and sign['seeds'] == 1
 
 
 def test_starts_keep_and_drop_what_they_say(monkeypatch):

@@ -1,0 +1,58 @@
+"""train.py with one thing changed that no knob changes, for lab/ablate.py and lab/signatures.py.
+
+    python lab/variants.py --variant=muon_for_attention config/ablation.py
+
+    muon_for_attention   Muon trains attention's matrices alone, AdamW the FFN's
+    muon_for_ffn         the other way round
+    bf16_weights         no fp32 master weights: what a step changes is rounded to bf16
+"""
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import muon
+
+ATTENTION, FFN = ('qkv', 'out'), ('gate_up', 'down')             # modules
+
+
+def muon_for(modules):
+    """Let Muon train the matrices of these modules alone."""
+    original = muon.make_optimizers
+
+    def make_optimizers(kind, groups, *settings):
+        if kind == 'muon':
+            groups = [part for group in groups for part in in_two(group)]
+        return original(kind, groups, *settings)
+
+    def in_two(group):
+        """The group's weights that Muon may train, and the others, which have another role."""
+        for chosen in (True, False):
+            both = [(name, p) for name, p in zip(group['names'], group['params'])
+                    if (name.split('.')[-2] in modules) == chosen]
+            if both:
+                names, params = map(list, zip(*both))
+                role = group['role'] if chosen else 'not for Muon'
+                yield group | {'names': names, 'params': params, 'role': role}
+
+    muon.make_optimizers = make_optimizers
+
+
+def bf16_weights():
+    torch.set_default_dtype(torch.bfloat16)
+
+
+VARIANTS = {'muon_for_attention': lambda: muon_for(ATTENTION),
+            'muon_for_ffn': lambda: muon_for(FFN), 'bf16_weights': bf16_weights}
+
+
+if __name__ == '__main__':
+    flag = next(word for word in sys.argv if word.startswith('--variant='))
+    sys.argv.remove(flag)
+    VARIANTS[flag.removeprefix('--variant=')]()
+    sys.argv[0] = str(ROOT / 'train.py')
+    runpy.run_path(sys.argv[0], run_name='__main__')

@@ -1,0 +1,130 @@
+"""lab/probe.py and lab/variants.py: what is measured on checkpoints; runs changed by no knob."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import muon
+from documents import arith
+from lab import probe, variants
+from model import Xmodel, XmodelConfig
+
+RIGHT = '3 * 4 = 12\n12 - 5 = 7\n#### 7'
+
+
+@pytest.mark.parametrize('text, kind', [
+    (RIGHT, None), ('3 * 4 = 12\n12 + 5 = 17\n#### 17', 'wrong operation'),
+    ('3 * 4 = 12\n12 - 6 = 6\n#### 6', 'wrong copy'),
+    ('3 * 4 = 12\n11 - 5 = 6\n#### 6', 'wrong copy'),
+    ('3 * 4 = 13\n13 - 5 = 8\n#### 8', 'wrong result'),
+    ('3 * 4 = 12\n#### 12', 'wrong stop'), ('3 * 4 = 12\n12 - 5 = 7\n7 + 1 = 8', 'wrong stop'),
+    ('3 * 4 = 12\n12 - 5 = 7', 'wrong stop'), ('3 * 4 = 12\n12 - 5 = 7\n#### 8', 'wrong copy')])
+def test_kinds_of_errors(text, kind):
+    assert probe.kind_of_error(text, RIGHT) == kind
+
+
+class Quadratic(nn.Module):
+    """A model whose loss is w · H w / 2, whatever it reads."""
+
+    def __init__(self, H):
+        super().__init__()
+        self.H, self.w = H, nn.Parameter(torch.ones(len(H)))
+
+    def forward(self, x, y=None):
+        return None, self.w @ self.H @ self.w / 2
+
+
+@pytest.mark.parametrize('eigenvalues', [[5.0, 1.0, 0.5, -2.0], [1.0, 0.3, -6.0, 2.0]])
+def test_the_largest_curvature_is_the_hessians(eigenvalues):
+    Q, _ = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))
+    model = Quadratic(Q @ torch.diag(torch.tensor(eigenvalues)) @ Q.T)
+    x = torch.zeros(16, 3, dtype=torch.long)
+    expected = max(eigenvalues, key=abs)
+    assert probe.largest_curvature(model, x, x) == pytest.approx(expected, rel=1e-2)
+    assert torch.allclose(model.w.data, torch.ones(4))           # its weights are back
+
+
+def test_the_curvature_of_a_model_is_that_of_autograd(monkeypatch):
+    monkeypatch.setattr(probe, 'ITERATIONS', 60)
+    torch.manual_seed(0)
+    model = Xmodel(XmodelConfig(1, 2, 1, 8, 8, 24, 8, mup_base_width=8))
+    x, y = torch.randint(24, (2, 8, 8))
+    names = dict(model.named_parameters())
+
+    def loss(*weights):
+        logits = torch.func.functional_call(model, dict(zip(names, weights)), (x,))[0]
+        return nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+    for module in model.modules():
+        if isinstance(module, nn.RMSNorm):
+            module.__class__ = nn.RMSNorm                        # which can be differentiated twice
+    blocks = torch.autograd.functional.hessian(loss, tuple(p.detach() for p in names.values()))
+    sizes = [p.numel() for p in names.values()]
+    H = torch.cat([torch.cat([block.reshape(n, -1) for block in row], 1)
+                   for n, row in zip(sizes, blocks)])
+    expected = torch.linalg.eigvalsh(H.double()).abs().max().item()
+    assert probe.largest_curvature(model, x, y) == pytest.approx(expected, rel=0.05)
+
+
+def test_stable_rank():
+    assert probe.stable_rank([torch.diag(torch.tensor([2.0, 1.0, 1.0]))]) == pytest.approx(1.5)
+    assert probe.stable_rank([torch.eye(5), torch.ones(4, 4)]) == pytest.approx(3)
+
+
+def test_losses_of_tokens_average_to_the_models_own_and_the_line_ends_at_both():
+    torch.manual_seed(0)
+    c = XmodelConfig(1, 2, 1, 16, 16, 24, 8)
+    one, other = Xmodel(c), Xmodel(c)
+    x, y = torch.randint(24, (2, 6, 8))
+    expected = [model(x, y)[1].item() for model in (one, other)]
+    assert probe.token_losses(one, x, y, 4).mean().item() == pytest.approx(expected[0], rel=1e-5)
+    line = probe.on_the_line(one, *({k: v.clone() for k, v in m.state_dict().items()}
+                                    for m in (one, other)), x, y)
+    assert [line[0], line[-1]] == pytest.approx(expected, rel=1e-5) and len(line) == 5
+
+
+def test_a_key_is_told_once_and_early():
+    records = list(probe.recall(50, 1))
+    for record in records:
+        key = record['completion'].removeprefix('#### ')
+        first, *rest = record['prompt'].splitlines()
+        assert first == f'Note: the key is {key}.' and rest[-2] == 'Question: What is the key?'
+        assert 'key' not in rest[0] and rest[0].count('.') >= 14
+    assert len({record['completion'] for record in records}) > 10
+    assert records != list(probe.recall(50, 2)) and records == list(probe.recall(50, 1))
+
+
+def test_a_majority_answers(monkeypatch):
+    samples = iter(['#### 3', '#### 4', '#### 4', 'none', '#### 5', 'none'])
+
+    def complete(model, tokenizer, prompts, tokens, **sampling):
+        return [SimpleNamespace(text=next(samples)) for _ in prompts]
+
+    monkeypatch.setattr(probe, 'complete', complete)
+    results = probe.solved(None, None, [[1], [2]], ['#### 4', '#### 5'], 9, 3)
+    assert [right for right, _ in results] == [True, False]      # the second has no answer, mostly
+
+
+def test_sums_have_their_number_of_steps_and_were_not_seen():
+    tokenizer = SimpleNamespace(encode=str)
+    seen = {document.text for document in arith(40 * probe.PROBLEMS, 'probe 2', (2,))
+            if '+' in document.text}
+    prompts, written = probe.sums_of(2, seen, tokenizer)
+    assert len(prompts) == len(set(prompts)) == probe.PROBLEMS
+    assert all(text.count('\n') == 2 and '+' not in text for text in written)
+    assert {text.count('\n') for text in probe.sums_of(6, (), tokenizer)[1]} == {6}
+
+
+@pytest.mark.parametrize('modules', [variants.ATTENTION, variants.FFN])
+def test_muon_for_one_part_alone(modules, monkeypatch):
+    monkeypatch.setattr(muon, 'make_optimizers', muon.make_optimizers)
+    variants.muon_for(modules)
+    model = Xmodel(XmodelConfig(2, 2, 1, 16, 16, 24, 8))
+    optimizers = muon.make_optimizers('muon', model.param_groups(), (0.9, 0.95), 0.95, False)
+    names = [{name for group in optimizer.param_groups for name in group['names']}
+             for optimizer in optimizers]
+    assert names[0] == {name for name, _ in model.named_parameters()
+                        if name.split('.')[-2] in modules}
+    assert not names[0] & names[1] and len(names[0] | names[1]) == len(list(model.parameters()))
+    assert len(muon.make_optimizers('adamw', model.param_groups())) == 1
