@@ -176,7 +176,7 @@ def run(points, solve=True, keep=False):
     solve: their entries have to tell of sums that are solved; keep: their checkpoints stay.
     """
     points = list(dict.fromkeys(points))
-    wanted = [trial_flags(*point, keep) for point in points]
+    wanted = [trial_flags(*point, keep=keep) for point in points]
     known = read_trials(FILE)
     missing = [point for point, flags in zip(points, wanted)
                if (made_of(solve), *flags) not in known]
