@@ -23,7 +23,7 @@ import train
 from checkpoint import read_log
 from configurator import configure, fail
 from lab import ablate
-from lab.ablate import COLUMNS
+from lab.ablate import COLUMNS, KNOWN
 from model import mup_table
 from start import check_knobs, complete_phases, model_config
 from train import lr_at
@@ -309,6 +309,36 @@ def plot_ablation(result, png, default):
     save(figure, png, default)
 
 
+def measures_of(result):
+    """What was measured on an ablation's checkpoints, beside losses and solved sums."""
+    rows = [row for table in result['comparisons'].values() for row in table.values()]
+    return [key for key in dict.fromkeys(key for row in rows for key in row.get('mean', ()))
+            if key not in KNOWN]
+
+
+def plot_measures(result, png, default):
+    """A panel for each measure on the checkpoints: the arms' means with their intervals."""
+    (table,) = result['comparisons'].values()
+    keys = measures_of(result)
+    columns = min(4, len(keys))
+    lines = math.ceil(len(keys) / columns)
+    figure, panels = pyplot().subplots(lines, columns, squeeze=False, layout='constrained',
+                                       figsize=(3.2 * columns, 0.6 + 2 * lines))
+    for panel in panels.flat[len(keys):]:
+        panel.axis('off')
+    for key, panel in zip(keys, panels.flat):
+        for i, (arm, row) in enumerate(table.items()):
+            mean, _, half = row.get('mean', {}).get(key, [math.nan] * 3)
+            panel.errorbar([i], [mean], [half], color=COLOURS[i % 7], marker=MARKERS[i % 5],
+                           markersize=5, capsize=3, label=arm)
+        panel.set_title(key, fontsize=8)
+        panel.set_xticks([])
+        panel.grid(axis='y', alpha=0.25)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3,
+                  fontsize=9)
+    save(figure, png, default)
+
+
 # --------------------------------------------------------------------------------------------------
 # The recipe: learning rates, optimizers, batches and data over the steps of a config
 
@@ -563,6 +593,8 @@ def list_pictures(paths):
             pictures.append((plot_transfer, result, file.with_suffix('.png')))
         if result['kind'] == 'ablation':
             pictures.append((plot_ablation, result, file.with_suffix('.png')))
+            if measures_of(result):
+                pictures.append((plot_measures, result, file.with_suffix('.checkpoints.png')))
     checks = [(file, result) for file, result in results if result['kind'] == 'coord_check']
     for vary in dict.fromkeys(result['vary'] for _, result in checks):
         tables = [result for _, result in checks if result['vary'] == vary]

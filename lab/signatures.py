@@ -64,7 +64,7 @@ def warnings_of(flags, running):
     lines = output.splitlines()
     found = [(int(match[1]), line) for line in lines if (match := WARNING.match(line))]
     if returncode and not found:
-        fail(f'train.py {shlex.join(flags)}: {errors.strip().splitlines()[-1:]}')
+        fail(f'train.py {shlex.join(flags)}: {errors.strip().splitlines()[-1]}')
     return found
 
 

@@ -10,7 +10,7 @@ from conftest import ROOT, refused, run
 from scipy import stats
 
 from checkpoint import read_checkpoint
-from lab import ablate, plot, trials
+from lab import ablate, plot, signatures, trials
 from lab.ablate import EXPERIMENTS, Arm, interval
 
 
@@ -175,6 +175,9 @@ def test_an_experiment_in_its_quick_form(name, monkeypatch, capsys):
         assert row['difference']['text'] == pytest.approx(interval(apart))
     plot.main(['ablate'])
     assert Path(ablate.folder, f'{name}.png').stat().st_size > 10_000
+    if name in ('long_context', 'why_muon', 'steps'):
+        assert Path(ablate.folder, f'{name}.checkpoints.png').stat().st_size > 10_000
+        assert '| on the checkpoints | ' in page
 
     monkeypatch.setattr(trials, 'run_script', None)              # nothing is run again
     ablate.main()
@@ -190,6 +193,34 @@ def test_signatures_in_their_quick_form(monkeypatch, capsys):
     assert page in capsys.readouterr().out
     for sign in result['signs']:
         assert sign['provoked_by'] in page and sign['seeds'] == 1
+
+
+def test_a_run_that_fails_ends_the_signatures(monkeypatch, capsys):
+    monkeypatch.setattr(trials, 'run_script', lambda words, running: (2, 'a\nno such knob\n', ''))
+    with pytest.raises(SystemExit):
+        signatures.warnings_of(['--knob=1'], [])
+    assert 'train.py --knob=1: no such knob' in capsys.readouterr().err
+
+
+def test_warnings_are_found_in_a_log(monkeypatch):
+    log = """step 0: phase stable
+step 60: loss 4.100 is a spike, 1.000 above the mean of 50; --replay=60 looks at it again
+step 310: loss 5.000 after the change of optimizer is above 4.100, 4 deviations over the 50 steps
+step 99: loss is 0.300 above that of out/proxy: look at µP's attention scale, embedding lr
+step 7 is skipped: it has loss nan, gradient norm nan; --replay=7 looks at it again
+step 8 is skipped: none of its rows has a target
+"""
+    monkeypatch.setattr(trials, 'run_script', lambda words, running: (0, '', log))
+    assert [step for step, _ in signatures.warnings_of([], [])] == [60, 310, 99, 7]
+
+
+def test_a_checkpoint_that_is_gone_is_named(monkeypatch, capsys):
+    knobs = ablate.base_knobs()
+    ablate.prepare_missing(knobs['data_dir'], trials.data_sets(knobs), knobs['sources'], 512)
+    arm = Arm('AdamW', (), 'as it is')
+    with pytest.raises(SystemExit):
+        ablate.measure_checkpoint('steps', (arm, 1, 0), (arm, 1, 0))
+    assert 'has no checkpoint any more, of a run that is in' in capsys.readouterr().err
 
 
 def test_starts_keep_and_drop_what_they_say(monkeypatch):
