@@ -289,8 +289,8 @@ def take_folder(run):
 
 
 # whose code decides a run
-CODE = ('train', 'model', 'muon', 'fp8', 'hardware', 'loader', 'distributed', 'start', 'run',
-        'data_prep', 'documents', 'tokenizer')
+CODE = ('train', 'model', 'kernels', 'muon', 'fp8', 'hardware', 'loader', 'distributed', 'start',
+        'run', 'data_prep', 'documents', 'tokenizer')
 
 
 @functools.cache

@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from tqdm import tqdm
 
-import model as network
+import kernels
 import train
 from configurator import check_range, configure, fail
 from fp8 import convert_to_float8
@@ -78,8 +78,8 @@ class Measured(NamedTuple):
 
 def loss_as_measured(tokens):
     """Bytes more that the loss which was measured held at its peak, of 1 GB chunks of logits."""
-    chunks = 3.25 if tokens > 2 * network.CHUNK_ON_GPU // 129_280 else 2.75    # the second not full
-    return chunks * 4 * network.CHUNK_ON_GPU
+    chunks = 3.25 if tokens > 2 * kernels.CHUNK_ON_GPU // 129_280 else 2.75    # the second not full
+    return chunks * 4 * kernels.CHUNK_ON_GPU
 
 
 # of the 1.3B model, on one H100 80GB (PyTorch 2.11)
@@ -118,11 +118,11 @@ def peak_of_a_step(c, rows, checkpointing=False, fp8=False, bf16=True, as_on_gpu
     In eager mode. as_on_gpu: with a GPU's softmax, attention and chunks of logits, in place of the
     CPU's. (RMSNorm keeps the same on both: its input and 1 / rms.)
     """
-    before = F.log_softmax, network.CHUNK, network.MATMUL_MAX_T
+    before = F.log_softmax, kernels.CHUNK, kernels.MATMUL_MAX_T
     if as_on_gpu:
         F.log_softmax = lambda x, dim, dtype: torch.empty_like(x, dtype=dtype)  # one kernel
-        network.CHUNK = network.CHUNK_ON_GPU
-        network.MATMUL_MAX_T = 0                                 # always the fused kernel
+        kernels.CHUNK = kernels.CHUNK_ON_GPU
+        kernels.MATMUL_MAX_T = 0                                 # always the fused kernel
     try:
         with FakeTensorMode():
             model = Xmodel(c)
@@ -147,7 +147,7 @@ def peak_of_a_step(c, rows, checkpointing=False, fp8=False, bf16=True, as_on_gpu
             step_peak = alive(tracker, 'peak')
             return forward_peak - weights_and_gradients, step_peak - weights_and_gradients
     finally:
-        F.log_softmax, network.CHUNK, network.MATMUL_MAX_T = before
+        F.log_softmax, kernels.CHUNK, kernels.MATMUL_MAX_T = before
 
 
 @cache
@@ -166,7 +166,7 @@ def activations(c, rows, checkpointing, fp8):
 def most_rows(c, checkpointing, fp8, free):
     """How many rows a micro-batch can have whose activations fit into `free` bytes."""
     # with two chunks of logits or more, which do not grow further, memory is linear in rows
-    two_chunks = math.ceil(2 * network.CHUNK_ON_GPU / c.vocab_size / c.block_size)
+    two_chunks = math.ceil(2 * kernels.CHUNK_ON_GPU / c.vocab_size / c.block_size)
     held = activations(c, two_chunks, checkpointing, fp8)
     a_row = activations(c, two_chunks + 1, checkpointing, fp8) - held
     rows = two_chunks + math.floor((free - held) / a_row)
@@ -286,7 +286,7 @@ def plan_phase(phase, c, world, on):
     return {'name': phase['name'], 'batch': phase['batch'], 'T': T, 'gpu_rows': gpu_rows,
             'rows': rows, 'weights': 4 * P, 'gradients': 4 * P, 'state': state,
             'activations': held, 'passing': passing, 'memory': fixed + max(held, passing),
-            'chunk': 4 * min(network.CHUNK_ON_GPU, rows * T * c.vocab_size),
+            'chunk': 4 * min(kernels.CHUNK_ON_GPU, rows * T * c.vocab_size),
             'most_rows': most_rows(c, checkpointing, fp8, USABLE_MEMORY * on.memory - fixed),
             'flops': model.flops_per_token(T),
             'received': (all_gradients + weights) * (world - 1) / world,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-import model as network
+import kernels
 from hardware import GPUS
 from model import Xmodel
 
@@ -114,7 +114,7 @@ def work_of_a_block(c, B, micro_batches=MICRO_BATCHES):
 def work_of_logits(c, B):
     """[Part] of logits and loss of (B, T) tokens, which stay in bf16."""
     M, C, V = B * c.block_size, c.n_embd, c.vocab_size
-    weight = C * V * math.ceil(M * V / network.CHUNK_ON_GPU)      # is read in each chunk of rows
+    weight = C * V * math.ceil(M * V / kernels.CHUNK_ON_GPU)      # is read in each chunk of rows
     logits_bytes = 6 * (M * C + M * V + weight)
     # softmax reads logits twice, writes gradients; a chunk's is added to the fp32 one of the weight
     loss_bytes = 6 * M * V + 10 * weight

@@ -80,7 +80,7 @@ def test_fp8_variants_run():
 # --- --fp8: what a GPU could gain ---
 
 def test_fp8_keeps_a_byte_a_value_of_the_linears_inputs(monkeypatch):
-    monkeypatch.setattr('model.MATMUL_MAX_T', 0)      # the fused attention, as of longer texts
+    monkeypatch.setattr('kernels.MATMUL_MAX_T', 0)      # the fused attention, as of longer texts
     c, B = replace(C, block_size=64), 2
     M, C_, F, kv = B * 64, c.n_embd, c.n_ffn, c.n_kv_head * c.hd
     weights = C_ * (C_ + 2 * kv) + C_ * C_ + C_ * 2 * F + F * C_

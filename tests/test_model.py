@@ -13,19 +13,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import configurator
+import kernels
 import model as network
 import start
 import train
 from checkpoint import load_model
+from kernels import RMSNorm, RMSNormOnCPU, causal_attention, chunked_cross_entropy
 from model import (
     Block,
-    RMSNorm,
-    RMSNormOnCPU,
     Xmodel,
     XmodelConfig,
     apply_rope,
-    causal_attention,
-    chunked_cross_entropy,
     mup_table,
     role_of,
     rope_angles,
@@ -171,8 +169,8 @@ def test_chunked_cross_entropy_equals_float64_oracle():
 @pytest.mark.parametrize('rows', [1024, 16])                    # of a chunk: 2 chunks, and 69
 def test_bf16_loss_and_gradients_are_those_of_the_bf16_logits(monkeypatch, rows):
     N, C, V, multiplier = 1100, 32, 16_384, 0.25                # times which nothing is rounded
-    monkeypatch.setattr('model.CHUNK', rows * V)
-    monkeypatch.setattr('model.LEAST_ROWS', 1)
+    monkeypatch.setattr('kernels.CHUNK', rows * V)
+    monkeypatch.setattr('kernels.LEAST_ROWS', 1)
     g = torch.Generator().manual_seed(0)
     w = torch.randn(V, C, generator=g)
     targets = torch.randint(V, (N,), generator=g)
@@ -216,7 +214,7 @@ def test_no_gradient_is_made_where_none_is_wanted():
 
     def spy(x, w, targets, grad_w):
         seen.append(grad_w)
-        return network.loss_of_chunk(x, w, targets, grad_w)
+        return kernels.loss_of_chunk(x, w, targets, grad_w)
     x, w = torch.randn(4, 8), torch.randn(16, 8, requires_grad=True)
     with torch.no_grad():
         loss = chunked_cross_entropy(x, w, torch.arange(4), 1.0, spy)

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import (
 
 import distributed
 import hardware
-import model as network
+import kernels
 import muon
 import start
 import train
@@ -38,7 +38,7 @@ PHASE = {'name': 'decay', 'steps': 20_000, 'batch': 960, 'block_size': 3776, 'op
 # --- FLOPs and time ---
 
 def test_flops_of_the_estimate_are_those_that_torch_counts(monkeypatch):
-    monkeypatch.setattr('model.MATMUL_MAX_T', 0)            # the fused kernel, as on a GPU
+    monkeypatch.setattr('kernels.MATMUL_MAX_T', 0)            # the fused kernel, as on a GPU
     c, B = replace(C, block_size=64, vocab_size=128), 2
     idx = torch.zeros(B, c.block_size, dtype=torch.long)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -179,7 +179,7 @@ class LossThatTheH100Ran(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, multiplier):
         w, x = weight.bfloat16(), x.bfloat16()
-        rows = network.CHUNK // len(w)
+        rows = kernels.CHUNK // len(w)
         scale = multiplier * torch.ones(len(x), 1)
         grad_x, grad_w = torch.empty_like(x), torch.zeros_like(w, dtype=torch.float32)
         for i in range(0, len(x), rows):
@@ -239,9 +239,9 @@ def test_the_largest_micro_batch_fits_and_one_more_row_does_not(vocab_size):
 
 
 def test_planning_leaves_the_model_as_it_was():
-    before = plan.network.CHUNK, torch.nn.functional.log_softmax
+    before = plan.kernels.CHUNK, torch.nn.functional.log_softmax
     plan.peak_of_a_step(C, 1)
-    assert before == (plan.network.CHUNK, torch.nn.functional.log_softmax)
+    assert before == (plan.kernels.CHUNK, torch.nn.functional.log_softmax)
 
 
 @pytest.mark.parametrize('kind', ['adamw', 'muon'])
