@@ -158,6 +158,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return total / n_targets                                               # the mean
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss):
         grad_x, grad_w, n_targets = ctx.saved_tensors
         scale = grad_loss / n_targets

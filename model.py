@@ -214,8 +214,8 @@ def mup_table(c):
 def role_of(name):
     """A parameter's role in mup_table, by its name: 'blocks.3.attn.out.weight' -> 'branch_out'."""
     module = name.split('.')[-2]
-    return {'embed': 'embedding', 'qkv': 'matrix', 'gate_up': 'matrix',
-            'out': 'branch_out', 'down': 'branch_out'}.get(module, 'gain')
+    return {'embed': 'embedding', 'qkv': 'matrix', 'gate_up': 'matrix', 'out': 'branch_out',
+            'down': 'branch_out', 'norm': 'gain', 'norm1': 'gain', 'norm2': 'gain'}[module]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -398,7 +398,7 @@ class Xmodel(nn.Module):
 # --------------------------------------------------------------------------------------------------
 
 def print_rules(c):
-    """Print mup_table at the base width and at c's, side by side; both have c's depth and heads."""
+    """Print mup_table at the base width and at c's, side by side, with c's depth and head size."""
     base = replace(c, n_embd=c.mup_base_width, n_head=c.mup_base_width // c.hd, n_kv_head=1)
     print(f'{"":26}', *(f'{f"width {x.n_embd}":>14}' for x in (base, c)))
     narrow, wide = mup_table(base), mup_table(c)

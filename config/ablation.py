@@ -18,7 +18,7 @@ vocab_size = 5120
 
 _text = {'stdlib': 1.0}
 
-# learning rates are those of the proxy's small batches
+# small batches want a lower learning rate for matrices than the paper's 0.01
 phases = [
     {'name': 'stable', 'steps': 300, 'batch': 8, 'block_size': 256, 'data': _text,
      'optimizer': 'adamw', 'warmup': 30, 'decay': 'constant',

@@ -10,8 +10,8 @@
     python -m lab.ablate recipe
     python -m lab.ablate signatures
 
-An experiment is a list of comparisons, and a comparison a list of arms: runs of config/ablation.py
-with other flags. The method is one for all.
+An experiment (experiments.py) is a list of comparisons, and a comparison a list of arms: runs of
+config/ablation.py with other flags. The method is one for all.
 
 - Runs of one seed read the same data in the same order. Where arms differ in the decay phase alone,
   they start from one checkpoint, at its onset.
@@ -37,15 +37,14 @@ import statistics
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from checkpoint import checkpoints, read_checkpoint, replace_file, to_json, write_checkpoint
 from configurator import check_range, configure, fail
 from data_prep import prepare_missing
-from lab import probe
-from lab.signatures import provoke, table_of_signs
+from lab import probe, signatures
+from lab.experiments import EXPERIMENTS, recall_file
 from lab.trials import data_sets, hash_of, make_checkpoints, read_trials, results_of, train_knobs
 from processes import ending_in_one_line
 from start import model_config
@@ -65,22 +64,7 @@ QUICK = ('--data_dir=data/ablation-quick', '--sources.stdlib=stdlib --max_mb=0.3
          '--n_embd=64', '--n_ffn=160', '--steps_scale=0.02', '--compile=False')
 FILE = Path('out/ablate/trials.jsonl')
 RESULTS = 'results/ablations'
-
-
-class Arm(NamedTuple):
-    """Runs that are alike but for seed and learning rate."""
-    name: str
-    flags: tuple = ()            # train.py's
-    start: str = ''              # the checkpoint to begin with, see write_start; '': none
-    guess: int = 0               # power of two, times the config's learning rate, to try first
-    tuned: bool = True           # False: the guess stays
-
-
-class Comparison(NamedTuple):
-    """Arms that are compared with the first of them."""
-    name: str
-    arms: list
-    probe: str = ''              # what to measure on the checkpoints, see measure_checkpoint
+seconds_of = {}               # a core's, of each run that the result needs
 
 
 # --------------------------------------------------------------------------------------------------
@@ -185,7 +169,10 @@ def run(points, solve=True, keep=False):
     make_checkpoints(earlier_runs, [[f'--init_from={folder}'] for folder in earlier_runs], jobs)
     for start, seed in starts:
         write_start(start, seed)
-    return dict(zip(points, results_of(wanted, FILE, made_of(solve), jobs, {}, scoring(solve))))
+    entries = results_of(wanted, FILE, made_of(solve), jobs, {}, scoring(solve))
+    for flags, entry in zip(wanted, entries):
+        seconds_of[made_of(solve), *flags] = entry['seconds']
+    return dict(zip(points, entries))
 
 
 def measure_checkpoint(kind, point, first):
@@ -198,7 +185,9 @@ def measure_checkpoint(kind, point, first):
     if not checkpoints(folder):
         fail(f'{folder} has no checkpoint any more, of a run that is in {FILE}: without that file '
              'all runs are made anew')
-    file = folder / f'{kind}.json'
+    code = Path(probe.__file__).read_text()
+    sha = hashlib.sha256(repr([code, other.name]).encode()).hexdigest()[:8]
+    file = folder / f'{kind}-{sha}.json'
     if not file.exists():
         finished = probe.load(folder)
         weights = []
@@ -274,8 +263,7 @@ def compare(comparison):
                     first = arms[0], point[1], exponents[arms[0]]
                     found |= measure_checkpoint(comparison.probe, point, first)
         row = {'flags': arm.flags, 'start': arm.start, 'exponent': exponents[arm],
-               'tried': tried[arm], 'runs': runs,
-               'core_seconds': sum(entry['seconds'] for entry in own)}
+               'tried': tried[arm], 'runs': runs}
         table[arm.name] = row
         if None not in runs:
             row['mean'] = {key: interval(values) for key, values in by_measure(runs).items()}
@@ -290,177 +278,6 @@ def compare(comparison):
 def by_measure(runs):
     """{measure: its number in each of the runs}."""
     return {key: [found[key] for found in runs] for key in runs[0] if key != 'solved by steps'}
-
-
-# --------------------------------------------------------------------------------------------------
-# The experiments: each a function that returns its comparisons; its docstring is the question
-
-# a decay by AdamW, from the stable phase's learning rate
-ADAMW = ('--phases.decay.optimizer=adamw', '--phases.decay.lr=(0, 0.5, 0.03125)')
-
-
-def stable_and_decay():
-    """The config's phases that have steps."""
-    return base_knobs()['phases']
-
-
-def decay_arms(times=1):
-    """(AdamW, Muon), as the phases say, with decays of `times` the config's batch size and as many
-    tokens."""
-    decay = stable_and_decay()[1]
-    sizes = (f'--phases.decay.batch={round(decay["batch"] * times)}',
-             f'--phases.decay.steps={round(decay["steps"] / times)}')
-    return (Arm('AdamW', (*sizes, *ADAMW), 'as it is'),
-            Arm('Muon, fresh state', sizes, 'as it is'))
-
-
-def decay_optimizer():
-    """Does the decay phase gain by going over to Muon, or by a fresh start? At which batch size?
-    And would an earlier switch gain more?"""
-    stable, decay = stable_and_decay()
-    comparisons = []
-    for times in (1 / 4, 1, 4, 8):
-        adamw, muon = decay_arms(times)
-        comparisons.append(Comparison(
-            f'{round(decay["batch"] * times) * decay["block_size"]} tokens a step', [
-                adamw, adamw._replace(name='AdamW, fresh state', start='fresh'),
-                muon, muon._replace(name="Muon, embedding's state kept", start='embedding kept')]))
-    arms = [Arm('AdamW throughout', ADAMW)]
-    for share in (1, 0.75, 0.5, 0.25, 0):
-        before = round(stable['steps'] * share)
-        after = stable['steps'] - before
-        switch = [f'--phases.stable.steps={before}', f'--phases.stable_muon.steps={after}']
-        if not before:
-            switch.append(f'--phases.stable_muon.warmup={stable["warmup"]}')
-        arms.append(Arm(f'Muon from {share:.0%} of the stable phase on', tuple(switch)))
-    comparisons.append(Comparison('when to switch', arms))
-    return comparisons
-
-
-def sft_timing():
-    """Is it better to see the instruction data in the decay phase alone, throughout, or before it?
-    All arms read as many tokens of sums, and as many of text."""
-    stable, decay = stable_and_decay()
-    n_stable, n_decay = (phase['steps'] * phase['batch'] * phase['block_size']
-                         for phase in (stable, decay))
-    n_sums = decay['data']['arith'] * n_decay
-
-    def arm(name, in_stable, in_decay):
-        """An arm with these tokens of sums in each of the phases."""
-        mixtures = {'stable': in_stable / n_stable, 'decay': in_decay / n_decay}
-        return Arm(name, tuple(f'--phases.{phase}.data.{data}={weight!r}'
-                               for phase, share in mixtures.items()
-                               for data, weight in (('arith', share), ('stdlib', 1 - share))))
-    share = n_sums / (n_stable + n_decay)
-    return [Comparison('sums', [arm('in the decay phase', 0.0, n_sums),
-                                arm('throughout', share * n_stable, share * n_decay),
-                                arm('in the stable phase', n_sums, 0.0)])]
-
-
-# text alone; no data set is made, or compared with its source
-TEXT = ('--sources={}', '--phases.decay.data={"stdlib": 1.0}')
-
-
-def of_length(times, share):
-    """Flags of a run of `times` the config's tokens, of which decay takes this share."""
-    stable, decay = stable_and_decay()
-    total = times * (stable['steps'] + decay['steps'])
-    n_decay = round(total * share)
-    return (f'--phases.stable.steps={round(total) - n_decay}', f'--phases.decay.steps={n_decay}')
-
-
-def cosine(times):
-    """Flags of a run of one phase, a cosine after the warmup, with `times` the config's tokens."""
-    stable, decay = stable_and_decay()
-    total = round(times * (stable['steps'] + decay['steps']))
-    peak = stable['lr'][1]
-    return (*TEXT, '--phases.decay.steps=0', f'--phases.stable.steps={total}',
-            '--phases.stable.decay=cosine', f'--phases.stable.lr=(0, {peak}, {peak / 16!r})',
-            '--phases.stable.embedding_lr=(0, 1, 0.0625)')
-
-
-def schedule():
-    """Does a stable phase with a short decay reach what a cosine over all steps reaches? How short
-    may the decay be? AdamW and text alone."""
-    comparisons = []
-    for times in (1, 2, 3):
-        arms = [Arm('cosine', cosine(times))]
-        shares = (0.05, 0.1, 0.2, 0.4) if times == 1 else (0.2,)
-        for share in shares:
-            own_flags = (*ADAMW, *TEXT, *of_length(times, share))
-            arms.append(Arm(f'WSD, decay {share:.0%}', own_flags))
-        comparisons.append(Comparison(f'{times} x the tokens', arms))
-    return comparisons
-
-
-def long_context():
-    """Does a phase of long texts raise the perplexity of text while tasks improve? From what: the
-    mixture, the length, or the schedule that begins anew? All start from one decayed checkpoint."""
-    _, decay = stable_and_decay()
-    T, batch = 4 * decay['block_size'], decay['batch'] // 4
-    decayed = decay['lr'][2]                                     # as a share of learning_rate
-    steps = round(decay['steps'] * 0.75)
-
-    def arm(name, T, batch, mixture, *more):
-        return Arm(name, (f'--sources.recall={recall_file()}', f'--phases.long.steps={steps}',
-                          f'--phases.long.block_size={T}', f'--phases.long.batch={batch}',
-                          f'--phases.long.data={mixture}', *more), 'decayed')
-
-    mixture = {'recall': 0.34, 'arith': 0.33, 'stdlib': 0.33}
-    return [Comparison('the long phase', [
-        arm('no more steps', T, batch, mixture, '--phases.long.steps=1', '--phases.long.warmup=0',
-            '--phases.long.lr=(0, 0, 0)',
-            '--phases.long.embedding_lr=(0, 0, 0)')._replace(tuned=False),
-        arm('long', T, batch, mixture),
-        arm('short', decay['block_size'], decay['batch'], mixture),
-        arm('without keys', T, batch, {'recall': 0.0, 'arith': 0.67, 'stdlib': 0.33}),
-        arm('text alone', T, batch, {'recall': 0.0, 'stdlib': 1.0}),
-        arm('no new warmup', T, batch, mixture, '--phases.long.warmup=0',
-            f'--phases.long.lr=({decayed}, {decayed}, {decayed})',
-            f'--phases.long.embedding_lr=({decayed}, {decayed}, {decayed})')], 'length')]
-
-
-def why_muon():
-    """Why does Muon's decay end where it ends: in AdamW's basin, in a flatter place, with other
-    spectra, with rare tokens learned? And which of its matrices matter?"""
-    adamw, muon = decay_arms()
-    alone = [muon._replace(name=f'Muon for {part} alone',
-                           flags=(*muon.flags, f'--variant=muon_for_{part}'))
-             for part in ('attention', 'ffn')]
-    return [Comparison('ends of the decay', [adamw, muon, *alone], 'landscape')]
-
-
-def steps():
-    """Trained on sums of 1 to 3 steps, which of 1 to 6 are solved, before and after the decay?"""
-    adamw, muon = decay_arms()
-    before = Arm('before the decay', ('--phases.decay.steps=1', '--phases.decay.lr=(0, 0, 0)',
-                                      '--phases.decay.embedding_lr=(0, 0, 0)'), 'as it is',
-                 tuned=False)
-    return [Comparison('sums of more steps', [before, adamw, muon], 'steps')]
-
-
-def recipe():
-    """How many of the tokens does this recipe need to reach the loss of nanoGPT's: standard
-    parametrisation, AdamW, cosine? Text alone."""
-    arms = [Arm("nanoGPT's recipe", ('--mup_rules=sp', *cosine(1)), guess=-2)]
-    arms += [Arm(f'this recipe, {share:.0%} of the tokens',
-                 (*TEXT, *of_length(share, 0.4)))
-             for share in (1, 0.8, 0.6, 0.4)]
-    return [Comparison('text', arms)]
-
-
-def signatures():
-    """What does a run's log say when the paper's signs of failure are provoked, and how soon?"""
-    prepare_data([])
-    phases = base_knobs()['phases']
-    begins = {'stable': 0, 'decay': phases[0]['steps']}
-    return provoke(base_flags(), begins, range(first_seed, first_seed + (1 if quick else seeds)),
-                   jobs, quick)
-
-
-EXPERIMENTS = {function.__name__: function
-               for function in (decay_optimizer, sft_timing, schedule, long_context, why_muon,
-                                steps, recipe, signatures)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -507,10 +324,10 @@ def markdown(result):
     lines = [f'# {result["name"]}', '', result['question'], '', f'`{result["command"]}`', '']
     if result['kind'] == 'signatures':
         return '\n'.join([*lines, f'{trial}{result["seeds"]} seeds.', '',
-                          *table_of_signs(result['signs']), ''])
-    hours = sum(row['core_seconds'] for table in result['comparisons'].values()
-                for row in table.values()) / 3600
-    lines += [f'{trial}{result["seeds"]} seeds, {hours:.2g} hours of a core.', LEGEND, '']
+                          *signatures.table(result['signs']), ''])
+    cost = f'{result["runs"]} runs, {result["hours"]:.2g} hours of a core'
+    lines += [f'{trial}{result["seeds"]} seeds; {cost}, the search of learning rates included.',
+              LEGEND, '']
     for name, table in result['comparisons'].items():
         keys = [key for key in COLUMNS if any(key in row.get('mean', ()) for row in table.values())]
         head = ['arm', 'lr x', *(COLUMNS[key] for key in keys),
@@ -518,7 +335,9 @@ def markdown(result):
         lines += [f'## {name}', '', f'| {" | ".join(head)} |', f'|{" --- |" * len(head)}']
         first = next(iter(table))
         for arm, row in table.items():
-            cells = [arm, f'{2.0**row["exponent"]:g}']
+            diverged = row['runs'].count(None)
+            of_all = f' ({diverged} of {len(row["runs"])} runs diverged)' if diverged else ''
+            cells = [arm + of_all, f'{2.0**row["exponent"]:g}']
             for part in ('mean', 'difference'):
                 for key in keys:
                     found = row.get(part, {}).get(key)
@@ -527,11 +346,6 @@ def markdown(result):
             lines.append(f'| {" | ".join(cells)} |')
         lines += ['', *table_of_probes(table)]
     return '\n'.join(lines)
-
-
-def recall_file():
-    """The texts of keys told early and asked late, which this script makes: see probe.recall."""
-    return Path(f'{base_knobs()["data_dir"]}-recall.jsonl')
 
 
 def without_variant(flags):
@@ -544,16 +358,17 @@ def prepare_data(comparisons):
     arms = [arm.flags for comparison in comparisons for arm in comparison.arms]
     for flags_of_arm in [(), *arms]:
         knobs = train_knobs(*base_flags(), *without_variant(flags_of_arm))
-        if 'recall' in knobs['sources'] and not recall_file().exists():
+        if 'recall' in knobs['sources'] and not recall_file(knobs).exists():
             records = probe.recall(400 if quick else 4000, 1)
-            recall_file().parent.mkdir(parents=True, exist_ok=True)
-            recall_file().write_text(''.join(json.dumps(record) + '\n' for record in records))
+            recall_file(knobs).parent.mkdir(parents=True, exist_ok=True)
+            recall_file(knobs).write_text(''.join(json.dumps(record) + '\n' for record in records))
         prepare_missing(knobs['data_dir'], data_sets(knobs), knobs['sources'], knobs['vocab_size'])
 
 
 def main():
-    if command not in EXPERIMENTS:
-        fail(f'{command!r} should be one of {", ".join(EXPERIMENTS)}: python -m lab.ablate --help')
+    names = (*EXPERIMENTS, 'signatures')
+    if command not in names:
+        fail(f'{command!r} should be one of {", ".join(names)}: python -m lab.ablate --help')
     check_range(globals(), 2, len(T_975) + 2, 'seeds')      # to 10
     check_range(globals(), 1, 2**31, 'problems')
     check_range(globals(), 0, 2**31, 'first_seed', 'jobs')
@@ -567,15 +382,18 @@ def main():
     except ValueError as e:
         fail(f'flags={flags!r}: {e}')
     Path(folder).mkdir(parents=True, exist_ok=True)
-    experiment = EXPERIMENTS[command]
-    result = {'kind': 'ablation', 'name': command, 'question': ' '.join(experiment.__doc__.split()),
-              'command': shlex.join(['python', '-m', 'lab.ablate', *sys.argv[1:]]),
+    result = {'name': command, 'command': shlex.join(['python', '-m', 'lab.ablate', *sys.argv[1:]]),
               'quick': quick, 'seeds': 2 if quick else seeds, 'torch': torch.__version__}
-    found = experiment()
     if command == 'signatures':
-        result |= {'kind': 'signatures', 'signs': found}
+        prepare_data([])
+        own_seeds = range(first_seed, first_seed + (1 if quick else seeds))
+        rows = signatures.provoke(base_flags(), knobs['phases'][0]['steps'], own_seeds, jobs, quick)
+        result |= {'kind': 'signatures', 'question': question_of(signatures.provoke), 'signs': rows}
     else:
-        result['comparisons'] = compare_all(found)
+        experiment = EXPERIMENTS[command]
+        tables = compare_all(experiment(knobs))
+        result |= {'kind': 'ablation', 'question': question_of(experiment), 'comparisons': tables,
+                   'runs': len(seconds_of), 'hours': sum(seconds_of.values()) / 3600}
     result['made_of'] = made_of()
     page, as_json = markdown(result), to_json(result, indent=1)
     replace_file(Path(folder, f'{command}.json'), lambda f: f.write(as_json.encode()))
@@ -583,10 +401,16 @@ def main():
     print(page)
 
 
+def question_of(function):
+    """The first paragraph of its docstring, on one line."""
+    return ' '.join(function.__doc__.partition('\n\n')[0].split())
+
+
 def compare_all(comparisons):
     """{comparison's name: its table}; with --quick, of the first one."""
     if quick:
         comparisons = comparisons[:1]
+    seconds_of.clear()
     prepare_data(comparisons)
     try:
         return {comparison.name: compare(comparison) for comparison in comparisons}

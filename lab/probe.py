@@ -31,7 +31,7 @@ from tokenizer import EOS_ID, Encoding, tokenizer_of
 
 WINDOWS = 64                         # of held-out text, spread over its split
 PROBLEMS = 100                       # of each kind
-ITERATIONS = 20                      # of power iteration
+ITERATIONS = 100                     # of power iteration at most
 SAMPLES, TEMPERATURE = 8, 0.7        # of which a majority answers
 
 
@@ -45,8 +45,8 @@ class Run(NamedTuple):
         """One of its data sets."""
         return open_data(self.knobs['data_dir'], [name], self.model.config.vocab_size)[name]
 
-    def T(self):
-        """The window of its first phase."""
+    def block_size(self):
+        """Of its first phase."""
         return self.knobs['phases'][0]['block_size']
 
 
@@ -55,10 +55,10 @@ def load(folder):
     return Run(model, tokenizer_of(about), about['knobs'])
 
 
-def windows(dataset, T, n=WINDOWS):
-    """n windows of held-out text, spread over its split: x, y, (n, T) each."""
+def windows(dataset, T, n):
+    """n windows of a held-out split, spread over it: x, y, (n, T) each."""
     available = dataset.n_windows('val', T)
-    n = min(n, available)
+    n = max(1, min(n, available))
     return get_windows(dataset, 'val', [i * available // n for i in range(n)], T)
 
 
@@ -102,7 +102,7 @@ def share(results):
 # --------------------------------------------------------------------------------------------------
 # Long context
 
-def recall(n_documents, seed, most=140):
+def recall(n_documents, seed, most=110):
     """SFT records {'prompt', 'completion'}: a key, up to `most` sentences of no use, the question.
 
         Note: the key is 17.
@@ -111,7 +111,7 @@ def recall(n_documents, seed, most=140):
         Answer:
         #### 17
 
-    140 such sentences take some 850 tokens.
+    110 such sentences take 500 to 900 tokens.
     """
     rng = random.Random(f'recall {seed}')
     for _ in range(n_documents):
@@ -129,8 +129,9 @@ def length(run, near=256, far=1024):
     """Losses of text in windows of `near` and `far` tokens, and keys found again by distance."""
     model, tokenizer = run.model, run.tokenizer
     found = {}
-    for T in (near, far):
-        losses = token_losses(model, *windows(run.data('stdlib'), T, WINDOWS * near // T), rows=4)
+    x, y = windows(run.data('stdlib'), far, WINDOWS * near // far)              # (n, far)
+    for T in (near, far):                                        # of the same text
+        losses = token_losses(model, x.view(-1, T), y.view(-1, T), rows=4)
         found[f'loss of text, windows of {T}'] = losses.mean().item()
     by_position = losses.mean(0)                                                # (far,)
     edges = (0, near, far // 2, far)
@@ -186,19 +187,25 @@ def steps(run):
     """Shares of sums solved, by their number of steps and way of answering, and errors by kind."""
     model, tokenizer = run.model, run.tokenizer
     seen = {tokenizer.decode(ids[:-1]) for _, ids in run.data('arith').pairs('train')}
-    greedy, majority, errors = {}, {}, {}
+    greedy, majority = {}, {}
+    counts = {'1 to 3': Counter(), '4 to 6': Counter()}
     for n in range(1, 7):
         prompts, written = sums_of(n, seen, tokenizer)
         tokens = 2 * max(len(tokenizer.encode(text)) for text in written)
         results = solved(model, tokenizer, prompts, written, tokens)
-        greedy[f'{n} steps, greedy, solved'] = share(right for right, _ in results)
-        kinds = Counter(kind_of_error(text, right) for (_, text), right in zip(results, written))
-        of = '1 to 3' if n <= 3 else '4 to 6'
-        for kind in KINDS:
-            key = f'{of} steps, {kind}, errors'
-            errors[key] = errors.get(key, 0) + kinds[kind] / len(written) / 3
+        of = f'{n} steps ({len(written)} sums)'
+        greedy[f'{of}, greedy, solved'] = share(right for right, _ in results)
+        for (right, text), expected in zip(results, written):
+            if not right:
+                kind = kind_of_error(text, expected) or 'wrong stop'            # goes on after ####
+                counts['1 to 3' if n <= 3 else '4 to 6'][kind] += 1
         results = solved(model, tokenizer, prompts, written, tokens, SAMPLES)
-        majority[f'{n} steps, majority of {SAMPLES}, solved'] = share(right for right, _ in results)
+        majority[f'{of}, majority of {SAMPLES}, solved'] = share(right for right, _ in results)
+    errors = {}
+    for of, kinds in counts.items():
+        n = max(1, sum(kinds.values()))
+        for kind in KINDS:
+            errors[f'{of} steps, {kind}, share of errors'] = kinds[kind] / n
     return greedy | majority | errors
 
 
@@ -209,19 +216,21 @@ def gradient(model, x, y):
     """The gradient of the mean loss, as one vector."""
     model.zero_grad()
     for xs, ys in zip(x.split(8), y.split(8)):
-        (model(xs, ys)[1] * len(xs) / len(x)).backward()
+        (model(xs, ys)[1] * (ys >= 0).sum() / (y >= 0).sum()).backward()
     return parameters_to_vector(p.grad for p in model.parameters())
 
 
 def largest_curvature(model, x, y):
-    """The largest eigenvalue of the loss's Hessian by size, by power iteration.
+    """The largest eigenvalue of the loss's Hessian by size, by power iteration, to within 1 %.
 
     A product with the Hessian is a difference of two gradients, at weights a little to both sides.
     """
     weights = parameters_to_vector(model.parameters()).detach()
     v = torch.randn(len(weights), generator=torch.Generator().manual_seed(0))
     step = 1e-5 * weights.norm()
+    eigenvalue = math.inf
     for _ in range(ITERATIONS):
+        before = eigenvalue
         v /= v.norm()
         sides = []
         for sign in (1, -1):
@@ -230,6 +239,8 @@ def largest_curvature(model, x, y):
         product = (sides[0] - sides[1]) / (2 * step)
         eigenvalue = (v @ product).item()
         v = product
+        if abs(eigenvalue - before) < 0.002 * abs(eigenvalue):
+            break
     vector_to_parameters(weights, model.parameters())
     return eigenvalue
 
@@ -239,13 +250,18 @@ def stable_rank(matrices):
     return statistics.fmean((M.norm() / torch.linalg.matrix_norm(M, 2)).item()**2 for M in matrices)
 
 
+def without(M, W):
+    """M less its part along W, which of an update is weight decay's."""
+    return M - (M * W).sum() / W.square().sum() * W
+
+
 def on_the_line(model, one, other, x, y, points=5):
     """Losses at weights between two checkpoints' (both ends included), evenly spaced."""
     losses = []
     for i in range(points):
         t = i / (points - 1)
         model.load_state_dict({name: (1 - t) * w + t * other[name] for name, w in one.items()})
-        losses.append(token_losses(model, x, y).mean().item())
+        losses.append(token_losses(model, x, y)[y >= 0].mean().item())
     return losses
 
 
@@ -255,7 +271,7 @@ def landscape(run, before, first):
     before: the weights that it started from; first: those of the run that it is compared with.
     """
     model, text = run.model, run.data('stdlib')
-    x, y = windows(text, run.T())
+    x, y = windows(text, run.block_size(), WINDOWS)
     losses = token_losses(model, x, y)
     counts = np.bincount(text.tokens['train'], minlength=model.config.vocab_size)
     order = np.argsort(-counts)
@@ -266,14 +282,21 @@ def landscape(run, before, first):
     rare[torch.from_numpy(order[so_far > 0.9].copy())] = True
     known = y >= 0
     found = {'loss of the frequent half of the text': losses[known & frequent[y]].mean().item(),
-             'loss of the rarest tenth of the text': losses[known & rare[y]].mean().item(),
-             'largest eigenvalue of the Hessian': largest_curvature(model, x[:32], y[:32])}
+             'loss of the rarest tenth of the text': losses[known & rare[y]].mean().item()}
+    # the decay's own loss: two thirds sums
+    x, y = (torch.cat(both) for both in zip(windows(text, run.block_size(), WINDOWS // 3),
+                                            windows(run.data('arith'), run.block_size(),
+                                                    WINDOWS - WINDOWS // 3)))
+    eigenvalue = largest_curvature(model, x[::4], y[::4])
+    size = parameters_to_vector(model.parameters()).square().sum().item()
+    found |= {'largest eigenvalue of the Hessian': eigenvalue,
+              'the same, times the squared norm of the weights': eigenvalue * size}
     end = {name: p.detach().clone() for name, p in model.named_parameters()}
     for part, modules in (('attention', ('qkv', 'out')), ('FFN', ('gate_up', 'down'))):
         names = [name for name in end if name.split('.')[-2] in modules]
         found[f'stable rank of weights, {part}'] = stable_rank(end[name] for name in names)
-        found[f'stable rank of the update, {part}'] = stable_rank(end[name] - before[name]
-                                                                  for name in names)
+        found[f'stable rank of the update, {part}'] = stable_rank(
+            without(end[name] - before[name], before[name]) for name in names)
     line = on_the_line(model, first, end, x, y)
     between = [(1 - i / (len(line) - 1)) * line[0] + i / (len(line) - 1) * line[-1]
                for i in range(len(line))]

@@ -17,9 +17,12 @@ from configurator import fail
 from lab import trials
 from processes import temporary_folder
 
-# a line by which a run says that something is wrong, of which the first number is the step
-WARNING = re.compile(r'step (\d+)(?: is skipped: it has|'
-                     r': loss .* (?:is a spike|is above|above that of))')
+# lines of run.LossWatch, of which the first number is the step
+SWITCH = r'step (\d+): loss .* after the change of optimizer is above'
+SPIKE = r'step (\d+): loss .* is a spike'
+APART = r'step (\d+): loss is .* above that of'
+SKIPPED = r'step (\d+) is skipped: it has'
+ANY = f'{SWITCH}|{SPIKE}|{APART}|{SKIPPED}'
 TEXT = ('--sources={}', '--phases.stable.data={"stdlib": 1.0}',
         '--phases.decay.data={"stdlib": 1.0}')
 
@@ -29,95 +32,113 @@ class Sign(NamedTuple):
     sign: str
     look_at: str                 # the paper's advice
     provoked_by: str             # in words
+    line: str                    # pattern of what the log should say
     flags: tuple                 # train.py's, of both twins
     fault: tuple                 # of the provoked run
-    after: str = 'stable'        # the phase with which the fault begins
+    at_switch: bool = False      # the fault begins with the decay
 
 
-def signs(fp8_steps=80):
+def signs(quick):
     """The rows of the paper's table. {proxy} in a flag is the folder of a narrower run."""
-    wide = ('--mup_base_width=64', '--phases.decay.steps=0', *TEXT, '--reference={proxy}')
-    fp8 = ('--fp8=True', '--phases.decay.steps=0', f'--phases.stable.steps={fp8_steps}',
+    wide = ('--mup_base_width=64', '--phases.decay.steps=0', *TEXT, '--reference={proxy}',
+            '--reference_margin=0')
+    fp8 = ('--fp8=True', '--phases.decay.steps=0', '--phases.stable.steps=120',
            '--phases.stable.batch=2', *TEXT)
+    if quick:
+        fp8 = (*fp8, '--phases.stable.warmup=1')
     spike, apart, nan = ('loss spike right after AdamW -> Muon',
                          'proxy and full curves diverge', 'NaN gradients in FP8')
-    widths = 'attention scale, embedding lr'
+    widths, weights = 'attention scale, embedding lr', 'master-weight type, amax history below 128'
+    bf16, short = '--variant=bf16_weights', '--fp8_amax_history_len=1'
     return [
-        Sign(spike, 'lr scaling, weight decay', "Muon's learning rate times 8", TEXT,
-             ('--phases.decay.lr=(0, 8, 0.5)',), 'decay'),
-        Sign(apart, widths, "the embedding's learning rate divided by m", wide,
+        Sign(spike, 'lr scaling, weight decay', "Muon's learning rate times 8", SWITCH, TEXT,
+             ('--phases.decay.lr=(0, 8, 0.5)',), True),
+        Sign(apart, widths, "the embedding's learning rate divided by m = 4", APART, wide,
              ('--mup_break=embedding_lr',)),
-        Sign(apart, widths, "the embedding's learning rate divided by m³", wide,
-             ('--embedding_lr=0.00015625',)),
-        Sign(apart, widths, 'attention scale times 16', wide, ('--attention_scale=16',)),
-        Sign(nan, 'master-weight type, amax history below 128', 'bf16 weights, a history of 1', fp8,
-             ('--variant=bf16_weights', '--fp8_amax_history_len=1')),
-        Sign(nan, 'master-weight type, amax history below 128',
-             'the same, learning rate times 16', fp8,
-             ('--variant=bf16_weights', '--fp8_amax_history_len=1', '--learning_rate=0.16')),
+        Sign(apart, widths, 'the same divided by 64', APART, wide, ('--embedding_lr=0.00015625',)),
+        Sign(apart, widths, 'attention scale times 64', APART, wide, ('--attention_scale=64',)),
+        Sign(nan, weights, 'weights rounded to bf16', SKIPPED, fp8, (bf16,)),
+        Sign(nan, weights, 'an amax history of 1', SKIPPED, fp8, (short,)),
+        Sign(nan, weights, 'both, and the learning rate times 64', SKIPPED, fp8,
+             (bf16, short, '--learning_rate=0.64')),
     ]
 
 
 def warnings_of(flags, running):
     """[(step, line)] of what a run warns of. running: a list that gets its process."""
     returncode, errors, output = trials.run_script([trials.script_of(flags), *flags], running)
-    lines = output.splitlines()
-    found = [(int(match[1]), line) for line in lines if (match := WARNING.match(line))]
+    found = []
+    for line in output.splitlines():
+        if match := re.match(ANY, line):
+            step = next(group for group in match.groups() if group)
+            found.append((int(step), line))
     if returncode and not found:
         fail(f'train.py {shlex.join(flags)}: {errors.strip().splitlines()[-1]}')
     return found
 
 
-def provoke(base_flags, phases, seeds, jobs, quick=False):
-    """[row] of the signs: what provoked and calm runs of each seed said.
+def provoke(base_flags, switch, seeds, jobs, quick=False):
+    """What does a run's log say when the paper's signs of failure are provoked, and how soon?
 
-    base_flags: train.py's; phases: {name: first step}.
+    Returns [row] of the signs. base_flags: train.py's; switch: the step at which the decay begins.
     """
-    rows = signs(4) if quick else signs()
-    running, results = [], {}
+    rows, running = signs(quick), []
+    often = ('--eval_interval=10', '--checkpoint_interval=1000000')
     with temporary_folder('out/ablate', 'nano-xmodel-signatures') as folder, \
             ThreadPoolExecutor(jobs) as pool:
-        def one(i, fault, seed):
-            flags = [flag.replace('{proxy}', f'{folder}/proxy-{seed}') for flag in rows[i].flags]
-            out_dir = f'{folder}/{i}-{"fault" if fault else "calm"}-{seed}'
-            return warnings_of([*base_flags, f'--seed={seed}', f'--out_dir={out_dir}', *flags,
-                                *(rows[i].fault if fault else ())], running)
+        def flags_of(sign, fault, seed):
+            flags = [*base_flags, f'--seed={seed}', *often, *sign.flags]
+            if fault:
+                flags += sign.fault
+            return tuple(flag.replace('{proxy}', f'{folder}/proxy-{seed}') for flag in flags)
 
-        for seed in seeds:
-            warnings_of([*base_flags, *TEXT, '--phases.decay.steps=0', '--mup_base_width=64',
-                         '--n_embd=64', '--n_head=1', '--n_ffn=160', f'--seed={seed}',
-                         f'--out_dir={folder}/proxy-{seed}'], running)
-        wanted = [(i, fault, seed) for i in range(len(rows)) for fault in (False, True)
-                  for seed in seeds]
+        def one(number, flags):
+            return warnings_of([*flags, f'--out_dir={folder}/{number}'], running)
+
         try:
+            for seed in seeds:
+                warnings_of([*base_flags, *TEXT, '--phases.decay.steps=0', '--mup_base_width=64',
+                             '--n_embd=64', '--n_head=1', '--n_ffn=160', f'--seed={seed}',
+                             f'--out_dir={folder}/proxy-{seed}'], running)
+            # several signs share a calm twin
+            wanted = list(dict.fromkeys(flags_of(sign, fault, seed) for sign in rows
+                                        for fault in (False, True) for seed in seeds))
+            said = {}
             bar = tqdm(total=len(wanted), unit='run', disable=None)
-            for key, found in zip(wanted, pool.map(lambda key: one(*key), wanted)):
-                results[key] = found
+            for flags, found in zip(wanted, pool.map(one, range(len(wanted)), wanted)):
+                said[flags] = found
                 bar.update()
         finally:
             for process in running:
                 process.kill()
-    return [row(sign, phases, *({seed: results[i, fault, seed] for seed in seeds}
-                                for fault in (True, False)))
-            for i, sign in enumerate(rows)]
+        return [row(sign, switch, *([said[flags_of(sign, fault, seed)] for seed in seeds]
+                                    for fault in (True, False)))
+                for sign in rows]
 
 
-def row(sign, phases, provoked, calm):
-    """One sign's row, from {seed: warnings} of its runs."""
-    first = [found[0][0] - phases[sign.after] for found in provoked.values() if found]
-    says = next((found[0][1] for found in provoked.values() if found), '')
-    return {**sign._asdict(), 'says': says, 'seen': len(first), 'steps later': first,
-            'seeds': len(provoked), 'calm': [line for found in calm.values() for _, line in found]}
+def row(sign, switch, provoked, calm):
+    """One sign's row, from the warnings of its runs, a list for each seed."""
+    begins = switch if sign.at_switch else 0
+    firsts = []
+    for found in provoked:
+        matching = [(step - begins, line) for step, line in found
+                    if step >= begins and re.match(sign.line, line)]
+        firsts += matching[:1]
+    return {**sign._asdict(), 'seeds': len(provoked), 'seen': len(firsts),
+            'steps_later': [step for step, _ in firsts], 'says': firsts[0][1] if firsts else '',
+            'others': sum(bool(found) for found in provoked) - len(firsts),
+            'calm': [line for found in calm for _, line in found[:1]]}
 
 
-def table_of_signs(rows):
+def table(rows):
     """Lines of a Markdown table."""
-    head = ('sign', 'look at', 'provoked by', 'seen in', 'steps later, median', 'the log says',
-            'without it')
+    head = ('sign', 'look at', 'provoked by', 'said so', 'steps later, median', 'the log says',
+            'without it, said anything')
     lines = [f'| {" | ".join(head)} |', f'|{" --- |" * len(head)}']
     for each in rows:
-        later = statistics.median(each['steps later']) if each['seen'] else ''
-        calm = f'{len(each["calm"])} lines' if each['calm'] else 'nothing'
-        lines.append(f'| {each["sign"]} | {each["look_at"]} | {each["provoked_by"]} | '
-                     f'{each["seen"]} of {each["seeds"]} | {later} | {each["says"]} | {calm} |')
+        later = f'{statistics.median(each["steps_later"]):g}' if each['seen'] else ''
+        cells = (each['sign'], each['look_at'], each['provoked_by'],
+                 f'{each["seen"]} of {each["seeds"]} runs', later, each['says'],
+                 f'{len(each["calm"])} of {each["seeds"]} runs')
+        lines.append(f'| {" | ".join(cells)} |')
     return lines

@@ -4,7 +4,7 @@
 
     muon_for_attention   Muon trains attention's matrices alone, AdamW the FFN's
     muon_for_ffn         the other way round
-    bf16_weights         no fp32 master weights: what a step changes is rounded to bf16
+    bf16_weights         no fp32 master weights: all are rounded to bf16 after each step
 """
 import runpy
 import sys
@@ -21,7 +21,10 @@ ATTENTION, FFN = ('qkv', 'out'), ('gate_up', 'down')             # modules
 
 
 def muon_for(modules):
-    """Let Muon train the matrices of these modules alone."""
+    """Let Muon train the matrices of these modules alone.
+
+    The others have half the learning rate, which is what ablate.ADAMW gives AdamW beside Muon.
+    """
     original = muon.make_optimizers
 
     def make_optimizers(kind, groups, *settings):
@@ -36,14 +39,27 @@ def muon_for(modules):
                     if (name.split('.')[-2] in modules) == chosen]
             if both:
                 names, params = map(list, zip(*both))
-                role = group['role'] if chosen else 'not for Muon'
-                yield group | {'names': names, 'params': params, 'role': role}
+                part = group | {'names': names, 'params': params}
+                if not chosen:
+                    part |= {'role': 'not for Muon', 'lr_mult': group['lr_mult'] / 2}
+                yield part
 
     muon.make_optimizers = make_optimizers
 
 
 def bf16_weights():
-    torch.set_default_dtype(torch.bfloat16)
+    """Round all weights after each step."""
+    original = muon.step_all
+
+    @torch.no_grad()
+    def step_all(optimizers, lrs):
+        original(optimizers, lrs)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                for p in group['params']:
+                    p.copy_(p.bfloat16())
+
+    muon.step_all = step_all
 
 
 VARIANTS = {'muon_for_attention': lambda: muon_for(ATTENTION),

@@ -11,7 +11,8 @@ from scipy import stats
 
 from checkpoint import read_checkpoint
 from lab import ablate, plot, signatures, trials
-from lab.ablate import EXPERIMENTS, Arm, interval
+from lab.ablate import interval
+from lab.experiments import EXPERIMENTS, Arm, Comparison, cosine, of_length
 
 
 @pytest.fixture(autouse=True)
@@ -38,12 +39,9 @@ def test_the_interval_is_that_of_students_t(n):
     assert mean / error == pytest.approx(paired.statistic)
 
 
-COMPARED = [name for name in EXPERIMENTS if name != 'signatures']
-
-
 def test_every_arm_is_one_that_train_takes():
-    for name in COMPARED:
-        for comparison in EXPERIMENTS[name]():
+    for experiment in EXPERIMENTS.values():
+        for comparison in experiment(ablate.base_knobs()):
             assert len({arm.name for arm in comparison.arms}) == len(comparison.arms) > 1
             for arm in comparison.arms:
                 flags = ablate.without_variant(arm.flags)
@@ -62,7 +60,7 @@ def tokens_of(arm):
 
 @pytest.mark.parametrize('name', ['decay_optimizer', 'sft_timing'])
 def test_arms_read_equally_much(name):
-    for comparison in EXPERIMENTS[name]():
+    for comparison in EXPERIMENTS[name](ablate.base_knobs()):
         first = tokens_of(comparison.arms[0])
         for arm in comparison.arms:
             assert tokens_of(arm) == pytest.approx(first), arm.name
@@ -112,12 +110,12 @@ def test_the_result_has_other_seeds_than_the_search_and_each_rate_its_flag(monke
     monkeypatch.setattr(ablate, 'run', fake_run)
     monkeypatch.setattr(ablate, 'measured', fake_measured)
     b, c = Arm('b', (), '', 2), Arm('c', (), '', 3)
-    table = ablate.compare(ablate.Comparison('x', [b, c]))
+    table = ablate.compare(Comparison('x', [b, c]))
     assert sorted({seed for _, seed, _ in asked}) == [ablate.first_seed + i for i in (1, 2, 3)]
     mean = sum(range(ablate.first_seed + 1, ablate.first_seed + 4)) / 3
     assert table['c']['difference']['text'][0] == pytest.approx(mean)
     assert [table['b']['exponent'], table['c']['exponent']] == [2, 3]
-    diverged = ablate.compare(ablate.Comparison('x', [Arm('a'), b, c]))      # nothing to compare to
+    diverged = ablate.compare(Comparison('x', [Arm('a'), b, c]))      # nothing to compare to
     assert not any('difference' in row for row in diverged.values())
     rates = [trials.train_knobs(*ablate.trial_flags(b, 1, i))['learning_rate'] for i in (-1, 0, 2)]
     assert rates == [0.005, 0.01, 0.04]
@@ -142,10 +140,10 @@ def test_a_stable_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
 def test_shares_of_the_decay_and_the_end_of_the_cosine():
     def phases(flags):
         return trials.train_knobs(*ablate.base_flags(), *flags)['phases']
-    stable, decay = phases(ablate.of_length(2, 0.2))
+    stable, decay = phases(of_length(ablate.base_knobs(), 2, 0.2))
     assert decay['steps'] / (stable['steps'] + decay['steps']) == 0.2
     assert stable['steps'] + decay['steps'] == 2 * sum(p['steps'] for p in phases(()))
-    (whole,) = phases(ablate.cosine(2))
+    (whole,) = phases(cosine(ablate.base_knobs(), 2))
     assert whole['steps'] == stable['steps'] + decay['steps'] and whole['decay'] == 'cosine'
     for key in ('lr', 'embedding_lr'):
         assert whole[key][1] / whole[key][2] == 16
@@ -157,7 +155,7 @@ def run_here(words, running):
     return done.returncode, done.stderr, done.stdout
 
 
-@pytest.mark.parametrize('name', COMPARED)
+@pytest.mark.parametrize('name', EXPERIMENTS)
 def test_an_experiment_in_its_quick_form(name, monkeypatch, capsys):
     monkeypatch.setattr(trials, 'run_script', run_here)
     monkeypatch.setattr(ablate, 'command', name)
@@ -223,6 +221,18 @@ def test_a_checkpoint_that_is_gone_is_named(monkeypatch, capsys):
     assert 'has no checkpoint any more, of a run that is in' in capsys.readouterr().err
 
 
+def test_a_damaged_checkpoint_is_named(monkeypatch, capsys):
+    knobs = ablate.base_knobs()
+    ablate.prepare_missing(knobs['data_dir'], trials.data_sets(knobs), knobs['sources'], 512)
+    folder = Path(ablate.run_before(1)[0])
+    folder.mkdir(parents=True)
+    (folder / 'step_6.pt').write_bytes(b'cut off')
+    monkeypatch.setattr(ablate, 'first_seed', 0)
+    with pytest.raises(SystemExit):
+        ablate.compare_all([Comparison('decay', [Arm('AdamW', (), 'as it is')])])
+    assert f'{folder}/step_6.pt' in capsys.readouterr().err
+
+
 def test_starts_keep_and_drop_what_they_say(monkeypatch):
     monkeypatch.setattr(trials, 'run_script', run_here)
     knobs = ablate.base_knobs()
@@ -246,12 +256,12 @@ def test_starts_keep_and_drop_what_they_say(monkeypatch):
 
 def test_a_run_that_diverged_has_no_mean():
     assert ablate.measured({'status': 'nan'}) is None
-    result = {'name': 'x', 'question': '?', 'command': 'x', 'seeds': 2, 'core_hours': 1,
-              'quick': False,
-              'comparisons': {'c': {'a': {'exponent': 1, 'mean': {'text': (1, 0, 0)},
+    result = {'name': 'x', 'question': '?', 'command': 'x', 'seeds': 2, 'runs': 4, 'hours': 1,
+              'quick': False, 'kind': 'ablation',
+              'comparisons': {'c': {'a': {'exponent': 1, 'mean': {'text': (1, 0, 0)}, 'runs': [{}],
                                           'difference': {'text': (0, 0, 0)}},
-                                    'b': {'exponent': -1}}}}
-    assert '| b | 0.5 |  |  |' in ablate.markdown(result)
+                                    'b': {'exponent': -1, 'runs': [None, {}]}}}}
+    assert '| b (1 of 2 runs diverged) | 0.5 |  |  |' in ablate.markdown(result)
 
 
 @pytest.mark.parametrize('arguments, says', [

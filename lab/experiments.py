@@ -1,0 +1,180 @@
+"""The experiments of lab/ablate.py: which runs each of them compares.
+
+Each is a function of train.py's knobs as config/ablation.py has them. It returns its comparisons;
+its docstring is the question.
+"""
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Arm(NamedTuple):
+    """Runs that are alike but for seed and learning rate."""
+    name: str
+    flags: tuple = ()            # train.py's
+    start: str = ''              # the checkpoint to begin with, see write_start; '': none
+    guess: int = 0               # power of two, times the config's learning rate, to try first
+    tuned: bool = True           # False: the guess stays
+
+
+class Comparison(NamedTuple):
+    """Arms that are compared with the first of them."""
+    name: str
+    arms: list
+    probe: str = ''              # what to measure on the checkpoints, see measure_checkpoint
+
+
+# a decay by AdamW, from the stable phase's learning rate
+ADAMW = ('--phases.decay.optimizer=adamw', '--phases.decay.lr=(0, 0.5, 0.03125)')
+
+
+def decay_arms(knobs, times=1):
+    """(AdamW, Muon), as the phases say, with decays of `times` the config's batch size and as many
+    tokens."""
+    _, decay = knobs['phases']
+    sizes = (f'--phases.decay.batch={round(decay["batch"] * times)}',
+             f'--phases.decay.steps={round(decay["steps"] / times)}')
+    return (Arm('AdamW', (*sizes, *ADAMW), 'as it is'),
+            Arm('Muon, fresh state', sizes, 'as it is'))
+
+
+def decay_optimizer(knobs):
+    """Does the decay phase gain by going over to Muon, or by a fresh start? At which batch size?
+    And would an earlier switch gain more?"""
+    stable, decay = knobs['phases']
+    comparisons = []
+    for times in (1 / 4, 1, 4, 8):
+        adamw, muon = decay_arms(knobs, times)
+        comparisons.append(Comparison(
+            f'{round(decay["batch"] * times) * decay["block_size"]} tokens a step', [
+                adamw, adamw._replace(name='AdamW, fresh state', start='fresh'),
+                muon, muon._replace(name="Muon, embedding's state kept", start='embedding kept')]))
+    arms = [Arm('AdamW throughout', ADAMW)]
+    for share in (1, 0.75, 0.5, 0.25, 0):
+        before = round(stable['steps'] * share)
+        after = stable['steps'] - before
+        switch = [f'--phases.stable.steps={before}', f'--phases.stable_muon.steps={after}']
+        if not before:
+            switch.append(f'--phases.stable_muon.warmup={stable["warmup"]}')
+        arms.append(Arm(f'Muon from {share:.0%} of the stable phase on', tuple(switch)))
+    comparisons.append(Comparison('when to switch', arms))
+    return comparisons
+
+
+def sft_timing(knobs):
+    """Is it better to see the instruction data in the decay phase alone, throughout, or before it?
+    All arms read as many tokens of sums, and as many of text; all with AdamW."""
+    stable, decay = knobs['phases']
+    n_stable, n_decay = (phase['steps'] * phase['batch'] * phase['block_size']
+                         for phase in (stable, decay))
+    n_sums = decay['data']['arith'] * n_decay
+
+    def arm(name, in_stable, in_decay):
+        """An arm with these tokens of sums in each of the phases."""
+        mixtures = {'stable': in_stable / n_stable, 'decay': in_decay / n_decay}
+        data = tuple(f'--phases.{phase}.data.{data}={weight!r}'
+                     for phase, share in mixtures.items()
+                     for data, weight in (('arith', share), ('stdlib', 1 - share)))
+        return Arm(name, (*ADAMW, *data))
+    share = n_sums / (n_stable + n_decay)
+    return [Comparison('sums', [arm('in the decay phase', 0.0, n_sums),
+                                arm('throughout', share * n_stable, share * n_decay),
+                                arm('in the stable phase', n_sums, 0.0)])]
+
+
+# text alone; no data set is made, or compared with its source
+TEXT = ('--sources={}', '--phases.decay.data={"stdlib": 1.0}')
+
+
+def of_length(knobs, times, share):
+    """Flags of a run of `times` the config's tokens, of which decay takes this share."""
+    stable, decay = knobs['phases']
+    total = times * (stable['steps'] + decay['steps'])
+    n_decay = round(total * share)
+    return (f'--phases.stable.steps={round(total) - n_decay}', f'--phases.decay.steps={n_decay}')
+
+
+def cosine(knobs, times):
+    """Flags of a run of one phase, a cosine after the warmup, with `times` the config's tokens."""
+    stable, decay = knobs['phases']
+    total = round(times * (stable['steps'] + decay['steps']))
+    peak = stable['lr'][1]
+    return (*TEXT, '--phases.decay.steps=0', f'--phases.stable.steps={total}',
+            '--phases.stable.decay=cosine', f'--phases.stable.lr=(0, {peak}, {peak / 16!r})',
+            '--phases.stable.embedding_lr=(0, 1, 0.0625)')
+
+
+def schedule(knobs):
+    """Does a stable phase with a short decay reach what a cosine over all steps reaches? How short
+    may the decay be? AdamW and text alone."""
+    comparisons = []
+    for times in (1, 2, 3):
+        arms = [Arm('cosine', cosine(knobs, times))]
+        shares = (0.05, 0.1, 0.2, 0.4) if times == 1 else (0.2,)
+        for share in shares:
+            own_flags = (*ADAMW, *TEXT, *of_length(knobs, times, share))
+            arms.append(Arm(f'WSD, decay {share:.0%}', own_flags))
+        comparisons.append(Comparison(f'{times} x the tokens', arms))
+    return comparisons
+
+
+def long_context(knobs):
+    """Does a phase of long texts raise the perplexity of text while tasks improve? From what: the
+    mixture, the length, or the schedule that begins anew? All start from one decayed checkpoint."""
+    _, decay = knobs['phases']
+    T, batch = 4 * decay['block_size'], decay['batch'] // 4
+    steps = round(decay['steps'] * 0.75)
+
+    def arm(name, T, batch, mixture, *more):
+        return Arm(name, (f'--sources.recall={recall_file(knobs)}', f'--phases.long.steps={steps}',
+                          f'--phases.long.block_size={T}', f'--phases.long.batch={batch}',
+                          f'--phases.long.data={mixture}', *more), 'decayed', tuned=False)
+
+    mixture = {'recall': 0.34, 'arith': 0.33, 'stdlib': 0.33}
+    return [Comparison('the long phase', [
+        arm('no more steps', T, batch, mixture, '--phases.long.steps=1', '--phases.long.warmup=0',
+            '--phases.long.lr=(0, 0, 0)',
+            '--phases.long.embedding_lr=(0, 0, 0)'),
+        arm('long', T, batch, mixture),
+        arm('short, most keys cut off', decay['block_size'], decay['batch'], mixture),
+        arm('without keys', T, batch, {'recall': 0.0, 'arith': 0.67, 'stdlib': 0.33}),
+        arm('text alone', T, batch, {'recall': 0.0, 'stdlib': 1.0}),
+        arm('no new warmup', T, batch, mixture, '--phases.long.warmup=0')], 'length')]
+
+
+def why_muon(knobs):
+    """Why does Muon's decay end where it ends: in AdamW's basin, in a flatter place, with other
+    spectra, with rare tokens learned? And which of its matrices matter?"""
+    adamw, muon = decay_arms(knobs)
+    alone = [muon._replace(name=f'Muon for {part} alone',
+                           flags=(*muon.flags, f'--variant=muon_for_{part}'))
+             for part in ('attention', 'ffn')]
+    return [Comparison('ends of the decay', [adamw, muon, *alone], 'landscape')]
+
+
+def steps(knobs):
+    """Trained on sums of 1 to 3 steps, which of 1 to 6 are solved, before and after the decay?"""
+    adamw, muon = decay_arms(knobs)
+    nothing = ('--phases.decay.steps=1', '--phases.decay.lr=(0, 0, 0)',
+               '--phases.decay.embedding_lr=(0, 0, 0)')
+    before = Arm('before the decay, no sums read yet', nothing, 'as it is', tuned=False)
+    return [Comparison('sums of more steps', [adamw, muon, before], 'steps')]
+
+
+def recipe(knobs):
+    """How many of the tokens does this recipe need to reach the loss of nanoGPT's: standard
+    parametrisation, AdamW, cosine? Text alone."""
+    arms = [Arm("nanoGPT's recipe", ('--mup_rules=sp', *cosine(knobs, 1)), guess=-2)]
+    arms += [Arm(f'this recipe, {share:.0%} of the tokens',
+                 (*TEXT, *of_length(knobs, share, 0.4)))
+             for share in (1, 0.8, 0.6, 0.4)]
+    return [Comparison('text', arms)]
+
+
+def recall_file(knobs):
+    """The texts of keys told early and asked late, which ablate.py makes: see probe.recall."""
+    return Path(f'{knobs["data_dir"]}-recall.jsonl')
+
+
+EXPERIMENTS = {function.__name__: function
+               for function in (decay_optimizer, sft_timing, schedule, long_context, why_muon,
+                                steps, recipe)}
