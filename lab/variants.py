@@ -34,6 +34,9 @@ def muon_for(modules):
 
     def in_two(group):
         """The group's weights that Muon may train, and the others, which have another role."""
+        if group['muon_lr_mult'] is None:                        # no matrices of the blocks
+            yield group
+            return
         for chosen in (True, False):
             both = [(name, p) for name, p in zip(group['names'], group['params'])
                     if (name.split('.')[-2] in modules) == chosen]

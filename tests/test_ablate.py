@@ -212,6 +212,30 @@ step 8 is skipped: none of its rows has a target
     assert [step for step, _ in signatures.warnings_of([], [])] == [60, 310, 99, 7]
 
 
+def test_a_sign_is_its_own_line_after_the_fault_began():
+    sign = signatures.Sign('spike', 'lr', 'lr x 8', signatures.SWITCH, (), (), at_switch=True)
+    before = (4, 'step 4: loss 9.000 after the change of optimizer is above 4.100')
+    spike = (12, 'step 12: loss 9.000 is a spike, 1.000 above the mean of 50')
+    after = (15, 'step 15: loss 5.000 after the change of optimizer is above 4.100')
+    row = signatures.row(sign, 10, [[before, spike, after], [spike], []], [[], [spike], []])
+    assert (row['seen'], row['steps_later'], row['says']) == (1, [5], after[1])
+    assert row['calm'] == [spike[1]] and row['seeds'] == 3
+
+
+def test_a_run_that_only_lacks_its_scores_is_not_trained_again(tmp_path, monkeypatch):
+    ran = []
+
+    def run_script(words, running):
+        ran.append(Path(words[0]).name)
+        return 2, 'stopped\n', ''
+
+    monkeypatch.setattr(trials, 'run_script', run_script)
+    for is_complete in (False, True):
+        monkeypatch.setattr(trials, 'is_complete', lambda run, done=is_complete: done)
+        trials.run_trial(['--out_dir=out/x'], tmp_path, [], ['--problems=4'])
+    assert ran == ['train.py', 'eval.py']
+
+
 def test_a_checkpoint_that_is_gone_is_named(monkeypatch, capsys):
     knobs = ablate.base_knobs()
     ablate.prepare_missing(knobs['data_dir'], trials.data_sets(knobs), knobs['sources'], 512)

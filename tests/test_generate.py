@@ -182,6 +182,15 @@ def test_a_text_read_in_parts_is_the_text_read_at_once():
     assert torch.allclose(again, right, atol=1e-4 * right.abs().max())
 
 
+def test_a_text_without_padding_is_read_in_parts_as_well():
+    model, text = build(TINY), ids(TINY, 2, 50)
+    no_padding = torch.zeros(2, dtype=torch.long)
+    right, parts = Decoder(model, no_padding)(text), Decoder(model, no_padding)
+    for part in text.split((20, 1, 29), dim=1):
+        got = parts(part)
+    assert torch.allclose(got, right, atol=1e-4 * right.abs().max())
+
+
 def test_compiled_steps_draw_the_same_tokens(monkeypatch):
     steps, real = [], torch.compile
 

@@ -67,6 +67,11 @@ def test_the_curvature_of_a_model_is_that_of_autograd(monkeypatch):
     assert probe.largest_curvature(model, x, y) == pytest.approx(expected, rel=0.05)
 
 
+def test_what_weight_decay_did_is_taken_out_of_an_update():
+    W, step = torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([[0.0, 1.0], [-2.0, 0.0]])
+    assert torch.allclose(probe.without(step - 0.1 * W, W), step)
+
+
 def test_stable_rank():
     assert probe.stable_rank([torch.diag(torch.tensor([2.0, 1.0, 1.0]))]) == pytest.approx(1.5)
     assert probe.stable_rank([torch.eye(5), torch.ones(4, 4)]) == pytest.approx(3)
@@ -126,5 +131,20 @@ def test_muon_for_one_part_alone(modules, monkeypatch):
              for optimizer in optimizers]
     assert names[0] == {name for name, _ in model.named_parameters()
                         if name.split('.')[-2] in modules}
+    rest = [group for group in optimizers[1].param_groups if group['role'] == 'not for Muon']
+    assert {group['lr_mult'] for group in rest} == {16 / 2}                     # m = 1 / 16
+    others = [group for group in optimizers[1].param_groups if group['muon_lr_mult'] is None]
+    assert {group['lr_mult'] for group in others} == {1}
     assert not names[0] & names[1] and len(names[0] | names[1]) == len(list(model.parameters()))
     assert len(muon.make_optimizers('adamw', model.param_groups())) == 1
+
+
+def test_weights_are_rounded_to_bf16_after_each_step(monkeypatch):
+    monkeypatch.setattr(muon, 'step_all', muon.step_all)
+    variants.bf16_weights()
+    model = Xmodel(XmodelConfig(1, 2, 1, 16, 16, 24, 8))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizers = muon.make_optimizers('adamw', model.param_groups())
+    muon.step_all(optimizers, {'learning_rate': 0.01, 'embedding_lr': 0.01})
+    assert all(torch.equal(p, p.bfloat16().float()) for p in model.parameters())
