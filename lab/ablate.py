@@ -166,7 +166,7 @@ def run(points, solve=True, keep=False):
                if (made_of(solve), *flags) not in known]
     starts = dict.fromkeys((arm.start, seed) for arm, seed, _ in missing if arm.start)
     earlier_runs = dict(run_before(seed, start == 'decayed') for start, seed in starts)
-    make_checkpoints(earlier_runs, [[f'--init_from={folder}'] for folder in earlier_runs], jobs)
+    make_checkpoints(earlier_runs, jobs)
     for start, seed in starts:
         write_start(start, seed)
     entries = results_of(wanted, FILE, made_of(solve), jobs, {}, scoring(solve))

@@ -200,15 +200,10 @@ def is_complete(run):
     return checkpoint['step'] == sum(phase['steps'] for phase in phases)
 
 
-def make_checkpoints(stable_runs, todo, jobs):
-    """Run those of stable_runs ({folder: trial}) that make a checkpoint which a trial in `todo`
-    starts from (init_from) and which does not exist. Their flags should have --resume: one that was
-    stopped goes on."""
-    missing = []
-    for folder, stable_run in stable_runs.items():
-        needed = any(f'--init_from={folder}' in trial for trial in todo)
-        if needed and not is_complete(folder):
-            missing.append(stable_run)
+def make_checkpoints(runs, jobs):
+    """Run those of `runs`, {folder: trial}, that are not complete. Their flags should have
+    --resume: one that was stopped goes on."""
+    missing = [trial for folder, trial in runs.items() if not is_complete(folder)]
     for trial, entry in run_trials(missing, jobs):
         if entry['status'] != 'ok':
             fail(f'{shlex.join(trial)}: {entry["error"]}')
@@ -225,7 +220,8 @@ def results_of(wanted, file, made_of, jobs, stable_runs, scoring=()):
     unique_keys = dict.fromkeys(keys)
     entries = known_trials(file, unique_keys)
     todo = [key[1:] for key in unique_keys if key not in entries]
-    make_checkpoints(stable_runs, todo, jobs)
+    make_checkpoints({folder: run for folder, run in stable_runs.items()
+                      if any(f'--init_from={folder}' in trial for trial in todo)}, jobs)
     for trial, entry in run_trials(todo, jobs, scoring):
         entry = {'flags': trial, 'made_of': made_of} | entry
         entries[made_of, *trial] = entry

@@ -131,10 +131,10 @@ def test_a_stable_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
     for file in Path(folder).glob('step_*.pt'):
         if file.name != 'step_2.pt':
             file.unlink()                                        # as if it had been stopped there
-    trials.make_checkpoints({folder: trial}, [[f'--init_from={folder}']], 1)
+    trials.make_checkpoints({folder: trial}, 1)
     assert trials.is_complete(folder) and Path(folder, 'step_6.pt').exists()
     monkeypatch.setattr(trials, 'run_script', None)              # it is not run again
-    trials.make_checkpoints({folder: trial}, [[f'--init_from={folder}']], 1)
+    trials.make_checkpoints({folder: trial}, 1)
 
 
 def test_shares_of_the_decay_and_the_end_of_the_cosine():

@@ -345,5 +345,5 @@ def test_a_stable_run_that_fails_ends_the_sweep(tmp_path, monkeypatch, capsys):
     failed = [(['--steps=5'], {'status': 'failed', 'error': 'no memory'})]
     monkeypatch.setattr(trials, 'run_trials', lambda missing, jobs, scoring=(): iter(failed))
     with pytest.raises(SystemExit):
-        trials.make_checkpoints({tmp_path: ['--steps=5']}, [[f'--init_from={tmp_path}']], 1)
+        trials.make_checkpoints({tmp_path: ['--steps=5']}, 1)
     assert '--steps=5: no memory' in capsys.readouterr().err
