@@ -2,8 +2,8 @@
 
     python -m lab.ablate signatures
 
-Each run has a twin without the provocation, which should say nothing. The lines are
-those of run.LossWatch.
+Each run has a twin without the provocation, which should say nothing. The lines are those of
+run.LossWatch.
 """
 import re
 import shlex
@@ -93,7 +93,8 @@ def provoke(base_flags, switch, seeds, jobs, quick=False):
             return tuple(flag.replace('{proxy}', f'{folder}/proxy-{seed}') for flag in flags)
 
         def one(number, flags):
-            return warnings_of([*flags, f'--out_dir={folder}/{number}'], running)
+            found = warnings_of([*flags, f'--out_dir={folder}/{number}'], running)
+            return [(step, line.replace(f'{folder}/', '')) for step, line in found]
 
         try:
             for seed in seeds:
