@@ -41,7 +41,7 @@ class Sign(NamedTuple):
 def signs(quick):
     """The rows of the paper's table. {proxy} in a flag is the folder of a narrower run."""
     wide = ('--mup_base_width=64', '--phases.decay.steps=0', *TEXT, '--reference={proxy}',
-            '--reference_margin=0')
+            '--reference_margin=0', '--eval_interval=10')        # it speaks at validations alone
     fp8 = ('--fp8=True', '--phases.decay.steps=0', '--phases.stable.steps=120',
            '--phases.stable.batch=2', *TEXT)
     if quick:
@@ -53,14 +53,16 @@ def signs(quick):
     return [
         Sign(spike, 'lr scaling, weight decay', "Muon's learning rate times 8", SWITCH, TEXT,
              ('--phases.decay.lr=(0, 8, 0.5)',), True),
+        Sign(spike, 'lr scaling, weight decay', "Muon's learning rate times 32", SWITCH, TEXT,
+             ('--phases.decay.lr=(0, 32, 2)',), True),
         Sign(apart, widths, "the embedding's learning rate divided by m = 4", APART, wide,
              ('--mup_break=embedding_lr',)),
         Sign(apart, widths, 'the same divided by 64', APART, wide, ('--embedding_lr=0.00015625',)),
         Sign(apart, widths, 'attention scale times 64', APART, wide, ('--attention_scale=64',)),
         Sign(nan, weights, 'weights rounded to bf16', SKIPPED, fp8, (bf16,)),
         Sign(nan, weights, 'an amax history of 1', SKIPPED, fp8, (short,)),
-        Sign(nan, weights, 'both, and the learning rate times 64', SKIPPED, fp8,
-             (bf16, short, '--learning_rate=0.64')),
+        Sign(nan, weights, 'both, and the learning rate times a million', SKIPPED, fp8,
+             (bf16, short, '--learning_rate=10000.0')),
     ]
 
 
@@ -83,11 +85,11 @@ def provoke(base_flags, switch, seeds, jobs, quick=False):
     Returns [row] of the signs. base_flags: train.py's; switch: the step at which the decay begins.
     """
     rows, running = signs(quick), []
-    often = ('--eval_interval=10', '--checkpoint_interval=1000000')
+    seldom = ('--eval_interval=1000000', '--checkpoint_interval=1000000')
     with temporary_folder('out/ablate', 'nano-xmodel-signatures') as folder, \
             ThreadPoolExecutor(jobs) as pool:
         def flags_of(sign, fault, seed):
-            flags = [*base_flags, f'--seed={seed}', *often, *sign.flags]
+            flags = [*base_flags, f'--seed={seed}', *seldom, *sign.flags]
             if fault:
                 flags += sign.fault
             return tuple(flag.replace('{proxy}', f'{folder}/proxy-{seed}') for flag in flags)
