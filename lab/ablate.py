@@ -16,7 +16,8 @@ config/ablation.py with other flags. The method is one for all.
 - Runs of one seed read the same data in the same order. Where arms differ in the decay phase alone,
   they start from one checkpoint, at its onset.
 - Each arm has its own learning rate: a power of two times the config's, of which both neighbours
-  are worse. It is found with a seed that is not used for the result.
+  are worse. It is found with a seed that is not used for the result. (Some arms keep the config's:
+  those of long_context, and what only reads a checkpoint.)
 - The result has `seeds` seeds. Each arm is compared with the first one seed by seed: the mean of
   the differences, and its 95 % interval by Student's t. An interval about 0 says that this size
   cannot show a difference, or only one that is larger than the interval.
@@ -42,10 +43,16 @@ import torch
 
 from checkpoint import checkpoints, read_checkpoint, replace_file, to_json, write_checkpoint
 from configurator import check_range, configure, fail
-from data_prep import prepare_missing
 from lab import probe, signatures
 from lab.experiments import EXPERIMENTS, recall_file
-from lab.trials import data_sets, hash_of, make_checkpoints, read_trials, results_of, train_knobs
+from lab.trials import (
+    hash_of,
+    make_checkpoints,
+    prepare_data_of,
+    read_trials,
+    results_of,
+    train_knobs,
+)
 from processes import ending_in_one_line
 from start import model_config
 
@@ -260,8 +267,8 @@ def compare(comparison):
         if comparison.probe:
             for found, point in zip(runs, own_points):
                 if found:
-                    first = arms[0], point[1], exponents[arms[0]]
-                    found |= measure_checkpoint(comparison.probe, point, first)
+                    of_first_arm = arms[0], point[1], exponents[arms[0]]
+                    found |= measure_checkpoint(comparison.probe, point, of_first_arm)
         row = {'flags': arm.flags, 'start': arm.start, 'exponent': exponents[arm],
                'tried': tried[arm], 'runs': runs}
         table[arm.name] = row
@@ -298,12 +305,18 @@ def show(key, mean, error, half):
     return f'{mean:.4f} ± {half:.4f}'
 
 
+def measures_of(table):
+    """What was measured on a comparison's checkpoints, beside losses and solved sums."""
+    keys = dict.fromkeys(key for row in table.values() for key in row.get('mean', ()))
+    return [key for key in keys if key not in KNOWN]
+
+
 def table_of_probes(table):
     """Lines of a table of what was measured on the checkpoints: a measure a row, an arm a column.
 
     After each mean, in brackets, the difference from the first.
     """
-    keys = [key for key in next(iter(table.values())).get('mean', ()) if key not in KNOWN]
+    keys = measures_of(table)
     if not keys:
         return []
     lines = [f'| on the checkpoints | {" | ".join(table)} |', f'|{" --- |" * (1 + len(table))}']
@@ -362,7 +375,7 @@ def prepare_data(comparisons):
             records = probe.recall(400 if quick else 4000, 1)
             recall_file(knobs).parent.mkdir(parents=True, exist_ok=True)
             recall_file(knobs).write_text(''.join(json.dumps(record) + '\n' for record in records))
-        prepare_missing(knobs['data_dir'], data_sets(knobs), knobs['sources'], knobs['vocab_size'])
+        prepare_data_of(knobs)
 
 
 def main():
@@ -387,7 +400,7 @@ def main():
     if command == 'signatures':
         prepare_data([])
         own_seeds = range(first_seed, first_seed + (1 if quick else seeds))
-        rows = signatures.provoke(base_flags(), knobs['phases'][0]['steps'], own_seeds, jobs, quick)
+        rows = signatures.provoke(base_flags(), knobs['phases'][0]['steps'], own_seeds, jobs)
         result |= {'kind': 'signatures', 'question': question_of(signatures.provoke), 'signs': rows}
     else:
         experiment = EXPERIMENTS[command]

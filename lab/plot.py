@@ -23,7 +23,7 @@ import train
 from checkpoint import read_log
 from configurator import configure, fail
 from lab import ablate
-from lab.ablate import COLUMNS, KNOWN
+from lab.ablate import COLUMNS, measures_of
 from model import mup_table
 from start import check_knobs, complete_phases, model_config
 from train import lr_at
@@ -309,17 +309,9 @@ def plot_ablation(result, png, default):
     save(figure, png, default)
 
 
-def measures_of(result):
-    """What was measured on an ablation's checkpoints, beside losses and solved sums."""
-    rows = [row for table in result['comparisons'].values() for row in table.values()]
-    return [key for key in dict.fromkeys(key for row in rows for key in row.get('mean', ()))
-            if key not in KNOWN]
-
-
-def plot_measures(result, png, default):
-    """A panel for each measure on the checkpoints: the arms' means with their intervals."""
-    (table,) = result['comparisons'].values()
-    keys = measures_of(result)
+def plot_measures(table, png, default):
+    """A panel for each measure on a comparison's checkpoints: means with their intervals."""
+    keys = measures_of(table)
     columns = min(4, len(keys))
     lines = math.ceil(len(keys) / columns)
     figure, panels = pyplot().subplots(lines, columns, squeeze=False, layout='constrained',
@@ -593,8 +585,8 @@ def list_pictures(paths):
             pictures.append((plot_transfer, result, file.with_suffix('.png')))
         if result['kind'] == 'ablation':
             pictures.append((plot_ablation, result, file.with_suffix('.png')))
-            if measures_of(result):
-                pictures.append((plot_measures, result, file.with_suffix('.checkpoints.png')))
+            for table in filter(measures_of, result['comparisons'].values()):
+                pictures.append((plot_measures, table, file.with_suffix('.checkpoints.png')))
     checks = [(file, result) for file, result in results if result['kind'] == 'coord_check']
     for vary in dict.fromkeys(result['vary'] for _, result in checks):
         tables = [result for _, result in checks if result['vary'] == vary]

@@ -51,6 +51,7 @@ class Run(NamedTuple):
 
 
 def load(folder):
+    """The Run in a folder."""
     model, about = load_model(folder)
     return Run(model, tokenizer_of(about), about['knobs'])
 
@@ -88,7 +89,7 @@ def solved(model, tokenizer, prompts, written, tokens, n_samples=1):
         for j in range(len(part)):
             texts = [row.text for row in rows[j * n_samples:(j + 1) * n_samples]]
             answers = Counter(eval.answer(text) for text in texts)
-            (commonest, _), = answers.most_common(1)
+            commonest, _ = answers.most_common(1)[0]
             right = commonest is not None and commonest == eval.answer(written[i + j])
             found.append((right, texts[0]))
     return found
@@ -111,7 +112,7 @@ def recall(n_documents, seed, most=110):
         Answer:
         #### 17
 
-    110 such sentences take 500 to 900 tokens.
+    The longest take some 900 tokens.
     """
     rng = random.Random(f'recall {seed}')
     for _ in range(n_documents):
@@ -221,7 +222,9 @@ def gradient(model, x, y):
 
 
 def largest_curvature(model, x, y):
-    """The largest eigenvalue of the loss's Hessian by size, by power iteration, to within 1 %.
+    """The largest eigenvalue of the loss's Hessian by size.
+
+    By power iteration, until a round changes it by less than 0.2 %, or ITERATIONS rounds.
 
     A product with the Hessian is a difference of two gradients, at weights a little to both sides.
     """
@@ -276,10 +279,9 @@ def landscape(run, before, first):
     counts = np.bincount(text.tokens['train'], minlength=model.config.vocab_size)
     order = np.argsort(-counts)
     so_far = np.cumsum(counts[order]) / counts.sum()             # of the text, by frequency
-    frequent = torch.zeros(len(counts), dtype=torch.bool)
-    frequent[torch.from_numpy(order[so_far < 0.5].copy())] = True
-    rare = torch.zeros(len(counts), dtype=torch.bool)
-    rare[torch.from_numpy(order[so_far > 0.9].copy())] = True
+    ids = np.arange(len(counts))
+    frequent = torch.from_numpy(np.isin(ids, order[so_far < 0.5]))
+    rare = torch.from_numpy(np.isin(ids, order[so_far > 0.9]))
     known = y >= 0
     found = {'loss of the frequent half of the text': losses[known & frequent[y]].mean().item(),
              'loss of the rarest tenth of the text': losses[known & rare[y]].mean().item()}
@@ -298,10 +300,8 @@ def landscape(run, before, first):
         found[f'stable rank of the update, {part}'] = stable_rank(
             without(end[name] - before[name], before[name]) for name in names)
     line = on_the_line(model, first, end, x, y)
-    between = [(1 - i / (len(line) - 1)) * line[0] + i / (len(line) - 1) * line[-1]
-               for i in range(len(line))]
-    found['highest above the line to the first'] = max(
-        loss - straight for loss, straight in zip(line, between))
+    straight = np.linspace(line[0], line[-1], len(line))
+    found['highest above the line to the first'] = (np.array(line) - straight).max()
     found['halfway, less the better end'] = line[len(line) // 2] - min(line[0], line[-1])
     moved = math.sqrt(sum((end[name] - before[name]).square().sum().item() for name in end))
     found['distance from the start'] = moved

@@ -38,14 +38,12 @@ class Sign(NamedTuple):
     at_switch: bool = False      # the fault begins with the decay
 
 
-def signs(quick):
+def signs():
     """The rows of the paper's table. {proxy} in a flag is the folder of a narrower run."""
     wide = ('--mup_base_width=64', '--phases.decay.steps=0', *TEXT, '--reference={proxy}',
             '--reference_margin=0', '--eval_interval=10')        # it speaks at validations alone
     fp8 = ('--fp8=True', '--phases.decay.steps=0', '--phases.stable.steps=120',
            '--phases.stable.batch=2', *TEXT)
-    if quick:
-        fp8 = (*fp8, '--phases.stable.warmup=1')
     spike, apart, nan = ('loss spike right after AdamW -> Muon',
                          'proxy and full curves diverge', 'NaN gradients in FP8')
     widths, weights = 'attention scale, embedding lr', 'master-weight type, amax history below 128'
@@ -79,12 +77,12 @@ def warnings_of(flags, running):
     return found
 
 
-def provoke(base_flags, switch, seeds, jobs, quick=False):
+def provoke(base_flags, switch, seeds, jobs):
     """What does a run's log say when the paper's signs of failure are provoked, and how soon?
 
     Returns [row] of the signs. base_flags: train.py's; switch: the step at which the decay begins.
     """
-    rows, running = signs(quick), []
+    rows, running = signs(), []
     seldom = ('--eval_interval=1000000', '--checkpoint_interval=1000000')
     with temporary_folder('out/ablate', 'nano-xmodel-signatures') as folder, \
             ThreadPoolExecutor(jobs) as pool:
@@ -129,7 +127,6 @@ def row(sign, switch, provoked, calm):
         firsts += matching[:1]
     return {**sign._asdict(), 'seeds': len(provoked), 'seen': len(firsts),
             'steps_later': [step for step, _ in firsts], 'says': firsts[0][1] if firsts else '',
-            'others': sum(bool(found) for found in provoked) - len(firsts),
             'calm': [line for found in calm for _, line in found[:1]]}
 
 

@@ -31,9 +31,8 @@ from tqdm import tqdm
 
 from checkpoint import replace_file, to_json
 from configurator import check_range, configure, fail, int_list
-from data_prep import prepare_missing
 from lab.coord_check import shape
-from lab.trials import data_sets, hash_of, results_of, train_knobs
+from lab.trials import hash_of, prepare_data_of, results_of, train_knobs
 from model import Xmodel, mup_table
 from processes import ending_in_one_line
 from start import model_config
@@ -88,8 +87,7 @@ def made_of():
 
 def prepare_data():
     """Make the config's data sets, unless they exist, before trials side by side would do so."""
-    knobs = base_knobs()
-    prepare_missing(knobs['data_dir'], data_sets(knobs), knobs['sources'], knobs['vocab_size'])
+    prepare_data_of(base_knobs())
 
 
 def results(wanted, stable_runs):

@@ -25,6 +25,7 @@ from tqdm import tqdm
 import train
 from checkpoint import CODE, checkpoints, read_checkpoint, read_log, replace_file, to_json
 from configurator import configure, fail, knob_values
+from data_prep import prepare_missing
 from processes import temporary_folder
 from start import complete_phases
 
@@ -44,6 +45,11 @@ def train_knobs(*argv):
 def data_sets(knobs):
     """The names of the data sets of knobs' phases, in order; the values are None."""
     return dict.fromkeys(name for phase in knobs['phases'] for name in phase['data'])
+
+
+def prepare_data_of(knobs):
+    """Make the data sets of knobs' phases that are not there."""
+    prepare_missing(knobs['data_dir'], data_sets(knobs), knobs['sources'], knobs['vocab_size'])
 
 
 def hash_of(knobs, scoring=()):

@@ -124,7 +124,7 @@ def test_the_result_has_other_seeds_than_the_search_and_each_rate_its_flag(monke
 def test_a_stable_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(trials, 'run_script', run_here)
     knobs = ablate.base_knobs()
-    ablate.prepare_missing(knobs['data_dir'], trials.data_sets(knobs), knobs['sources'], 512)
+    trials.prepare_data_of(knobs)
     folder, trial = ablate.run_before(1)
     assert run('train.py', *trial, '--checkpoint_interval=2', '--keep=9',
                cwd=tmp_path).returncode == 0
@@ -238,7 +238,7 @@ def test_a_run_that_only_lacks_its_scores_is_not_trained_again(tmp_path, monkeyp
 
 def test_a_checkpoint_that_is_gone_is_named(monkeypatch, capsys):
     knobs = ablate.base_knobs()
-    ablate.prepare_missing(knobs['data_dir'], trials.data_sets(knobs), knobs['sources'], 512)
+    trials.prepare_data_of(knobs)
     arm = Arm('AdamW', (), 'as it is')
     with pytest.raises(SystemExit):
         ablate.measure_checkpoint('steps', (arm, 1, 0), (arm, 1, 0))
@@ -247,7 +247,7 @@ def test_a_checkpoint_that_is_gone_is_named(monkeypatch, capsys):
 
 def test_a_damaged_checkpoint_is_named(monkeypatch, capsys):
     knobs = ablate.base_knobs()
-    ablate.prepare_missing(knobs['data_dir'], trials.data_sets(knobs), knobs['sources'], 512)
+    trials.prepare_data_of(knobs)
     folder = Path(ablate.run_before(1)[0])
     folder.mkdir(parents=True)
     (folder / 'step_6.pt').write_bytes(b'cut off')
@@ -260,7 +260,7 @@ def test_a_damaged_checkpoint_is_named(monkeypatch, capsys):
 def test_starts_keep_and_drop_what_they_say(monkeypatch):
     monkeypatch.setattr(trials, 'run_script', run_here)
     knobs = ablate.base_knobs()
-    ablate.prepare_missing(knobs['data_dir'], trials.data_sets(knobs), knobs['sources'], 512)
+    trials.prepare_data_of(knobs)
     arms = {start: Arm(start, (), start) for start in ('as it is', 'fresh', 'embedding kept')}
     ablate.run([(arm, 1, 0) for arm in arms.values()])
     kept, fresh, embedding = (read_checkpoint(ablate.start_folder(start, 1)) for start in arms)
