@@ -16,22 +16,18 @@ import kernels
 from hardware import GPUS
 from model import Xmodel
 
-# Share of the figures in GPUS that kernels reach, measured on one H100 (PyTorch 2.11, blocks
-# compiled, the 1.3B model, 4 x 3712 tokens, by torch's profiler). Attention is between what was
-# found there, 0.345, and what follows from 1 x 16384. Newton-Schulz and AdamW are from steps of the
-# optimizers alone: 148 and 15.5 ms. 'step' is the share of the clock's time in which kernels run.
-# 'rounding to FP8' is of AS_MEASURED; today's rounding was not measured.
-REACHED = {'GEMM, bf16': 0.75, 'GEMM, FP8': 0.66, 'attention': 0.37, 'bytes': 0.71,
-           'rounding to FP8': 0.22, 'Newton-Schulz': 0.32, 'AdamW': 0.73, 'step': 0.97}
+# Share of the figures in GPUS that kernels reach, on one H100 (results/h100/gpu.json: PyTorch 2.11,
+# the 1.3B model, blocks compiled, 4 x 3712 tokens). Attention reaches 0.34 there and 0.44 at
+# 1 x 16384. Newton-Schulz and AdamW are from steps of the optimizers alone. 'step' is the share of
+# the clock's time in which kernels run.
+REACHED = {'GEMM, bf16': 0.74, 'GEMM, FP8': 0.66, 'attention': 0.40, 'bytes': 0.60,
+           'rounding to FP8': 0.16, 'Newton-Schulz': 0.48, 'AdamW': 0.62, 'step': 0.97}
 
 
 # --------------------------------------------------------------------------------------------------
 # The work of a step
 
 WAYS = 'bf16', 'delayed', 'dynamic'       # linears in bf16, or in FP8 with either scaling
-# Delayed scaling by the code that an H100 was measured with: it rounded each weight twice in a
-# micro-batch, transposed weights and inputs in the backward pass, and wrote gradients in bf16.
-AS_MEASURED = 'delayed, as measured'
 MICRO_BATCHES = 15                        # of a step, as in the 1.3B run's first phase on 8 GPUs
 
 
@@ -41,7 +37,7 @@ class Part(NamedTuple):
     what: str
     sizes: tuple                 # (m, k, n) of a GEMM that FP8 would compute, else ()
     flops: float
-    moved: tuple                 # bytes in each of WAYS and AS_MEASURED
+    moved: tuple                 # bytes in each of WAYS
     forward: float = 1 / 3       # its share in the forward pass, which checkpointing repeats
 
 
@@ -72,22 +68,21 @@ def work_of_a_linear(name, layer, M, micro_batches):
         in_fp8 = read + written
         if what == 'gradient of weight':                          # in fp32
             in_fp8 = read + 4 * m * n
-        moved = 2 * read + written, in_fp8, in_fp8, read + written
+        moved = 2 * read + written, in_fp8, in_fp8
         parts.append(Part(name, what, (m, k, n), 2 * m * k * n, moved))
 
     # bytes of rounding a value of x
     delayed, dynamic = 0, 4
     if name == 'attn.out':        # attention writes 2 bytes in any case: read and written once
         delayed, dynamic = 4, 6   # more, or twice for its amax
-    as_measured = 12 * w + (delayed + 1) * x + g
-    rounding = 6 * w, delayed * x + g, dynamic * x + 5 * g, as_measured
+    rounding = 6 * w, delayed * x + g, dynamic * x + 5 * g
     parts.append(Part(name, 'rounding', (), 0, rounding))
     weights = 35 * w / micro_batches
-    parts.append(Part(name, 'weights', (), 0, (0, weights, weights, 0), forward=0))
+    parts.append(Part(name, 'weights', (), 0, (0, weights, weights), forward=0))
 
     # the weight's gradient to fp32 if it is in bf16, 2 + 4, and to the sum of the micro-batches
     # before, 12
-    parts.append(Part(name, 'accumulation', (), 0, (18 * w, 12 * w, 12 * w, 18 * w), forward=0))
+    parts.append(Part(name, 'accumulation', (), 0, (18 * w, 12 * w, 12 * w), forward=0))
     return parts
 
 
@@ -103,11 +98,11 @@ def work_of_a_block(c, B, micro_batches=MICRO_BATCHES):
         work += work_of_a_linear(name, layer, M, micro_batches)
     # T / 2 keys a token: 2 products forward, 4 backward, and q·k once more
     attention_bytes = 12 * M * (C + kv)
-    work.append(Part('attention', '', (), 7 * M * T * C, (attention_bytes,) * 4, forward=2 / 7))
+    work.append(Part('attention', '', (), 7 * M * T * C, (attention_bytes,) * 3, forward=2 / 7))
     # Two additions to the fp32 residual stream, each with the norm after it: x 4 + 4 bytes, branch
     # 2, normed 2; backward 4 + 4 + 4, 2, 2. Rotation of q and k. SwiGLU: gate, up and product.
     element_wise_bytes = M * (24 * C + 32 * C + 8 * (C + kv) + (6 + 10) * c.n_ffn)
-    work.append(Part('element-wise', '', (), 0, (element_wise_bytes,) * 4))
+    work.append(Part('element-wise', '', (), 0, (element_wise_bytes,) * 3))
     return work
 
 
@@ -118,8 +113,8 @@ def work_of_logits(c, B):
     logits_bytes = 6 * (M * C + M * V + weight)
     # softmax reads logits twice, writes gradients; a chunk's is added to the fp32 one of the weight
     loss_bytes = 6 * M * V + 10 * weight
-    return [Part('logits', '', (), 6 * M * C * V, (logits_bytes,) * 4),
-            Part('loss', '', (), 0, (loss_bytes,) * 4)]
+    return [Part('logits', '', (), 6 * M * C * V, (logits_bytes,) * 3),
+            Part('loss', '', (), 0, (loss_bytes,) * 3)]
 
 
 def work_of_a_step(c, B):
@@ -133,8 +128,8 @@ def work_of_a_step(c, B):
 def roofline(work, way, on=None, reached=None):
     """Seconds of the work, each part taking the time of its FLOPs or of its bytes.
 
-    way: one of WAYS, or AS_MEASURED. on: a GPU, by default an H100. reached: the share of its
-    figures that kernels reach, such as REACHED; by default all.
+    way: one of WAYS. on: a GPU, by default an H100. reached: the share of its figures that kernels
+    reach, such as REACHED; by default all.
     """
     if on is None:
         on = GPUS['h100']
@@ -151,15 +146,15 @@ def roofline(work, way, on=None, reached=None):
         move = 'bytes'
         if part.what == 'rounding' and way != 'bf16':
             move = 'rounding to FP8'
-        moved = part.moved[(*WAYS, AS_MEASURED).index(way)]
+        moved = part.moved[WAYS.index(way)]
         total += max(part.flops / flop_rate / reached[compute],
                      moved / on.bandwidth / reached[move])
     return total / reached['step']
 
 
 def way_of(fp8):
-    """The entry of WAYS for the knob fp8 of train.py: False, True or 'dynamic'; or AS_MEASURED."""
-    return {False: 'bf16', True: 'delayed', 'dynamic': 'dynamic', AS_MEASURED: AS_MEASURED}[fp8]
+    """The entry of WAYS for the knob fp8 of train.py: False, True or 'dynamic'."""
+    return {False: 'bf16', True: 'delayed', 'dynamic': 'dynamic'}[fp8]
 
 
 def seconds_of_a_micro_batch(c, rows, on, fp8=False, checkpointing=False,

@@ -80,8 +80,10 @@ def test_a_kernel_is_told_with_what_launched_it_and_no_time_is_lost():
                                is_user_annotation=is_user_annotation,
                                time_range=SimpleNamespace(elapsed_us=lambda: microseconds))
 
-    events = [outer, inner, on_gpu('nvjet', 2000), on_gpu('nvjet', 3000), on_gpu('copy', 500),
-              on_gpu('logits and loss', 9000, is_user_annotation=True)]
+    waiting = SimpleNamespace(name='Command Buffer Full', cpu_parent=outer, kernels=inner.kernels,
+                              device_type=DeviceType.CPU)
+    events = [outer, inner, waiting, on_gpu('nvjet', 2000), on_gpu('nvjet', 3000),
+              on_gpu('copy', 500), on_gpu('logits and loss', 9000, is_user_annotation=True)]
     assert list(gpu.launched(events)) == [('nvjet', ['aten::mm', 'logits and loss'], 2.0),
                                           ('nvjet', [], 3.0), ('copy', [], 0.5)]
 
