@@ -53,6 +53,7 @@ from lab.trials import (
     results_of,
     train_knobs,
 )
+from model import Xmodel
 from processes import ending_in_one_line
 from start import model_config
 
@@ -334,7 +335,8 @@ def table_of_probes(table):
 def markdown(result):
     """The page of a result: question, command, and a table for each comparison."""
     trial = 'A trial: its figures mean nothing. ' if result['quick'] else ''
-    lines = [f'# {result["name"]}', '', result['question'], '', f'`{result["command"]}`', '']
+    lines = [f'# {result["name"]}', '', result['question'], '', f'`{result["command"]}`', '',
+             f'{result["model"]}.', '']
     if result['kind'] == 'signatures':
         return '\n'.join([*lines, f'{trial}{result["seeds"]} seeds.', '',
                           *signatures.table(result['signs']), ''])
@@ -359,6 +361,15 @@ def markdown(result):
             lines.append(f'| {" | ".join(cells)} |')
         lines += ['', *table_of_probes(table)]
     return '\n'.join(lines)
+
+
+def size_of(knobs):
+    """How large the model is, and how many tokens it reads, in words."""
+    with torch.device('meta'):
+        model = Xmodel(model_config(knobs))
+    tokens = [f'{phase["name"]} {phase["steps"] * phase["batch"] * phase["block_size"]:,}'
+              for phase in knobs['phases']]
+    return f'{model.num_params():,} parameters; tokens: {", ".join(tokens)}'
 
 
 def without_variant(flags):
@@ -396,7 +407,8 @@ def main():
         fail(f'flags={flags!r}: {e}')
     Path(folder).mkdir(parents=True, exist_ok=True)
     result = {'name': command, 'command': shlex.join(['python', '-m', 'lab.ablate', *sys.argv[1:]]),
-              'quick': quick, 'seeds': 2 if quick else seeds, 'torch': torch.__version__}
+              'model': size_of(knobs), 'quick': quick, 'seeds': 2 if quick else seeds,
+              'torch': torch.__version__}
     if command == 'signatures':
         prepare_data([])
         own_seeds = range(first_seed, first_seed + (1 if quick else seeds))

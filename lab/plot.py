@@ -13,6 +13,7 @@
 import json
 import math
 import sys
+import textwrap
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -323,7 +324,7 @@ def plot_measures(table, png, default):
             mean, _, half = row.get('mean', {}).get(key, [math.nan] * 3)
             panel.errorbar([i], [mean], [half], color=COLOURS[i % 7], marker=MARKERS[i % 5],
                            markersize=5, capsize=3, label=arm)
-        panel.set_title(key, fontsize=8)
+        panel.set_title(textwrap.fill(key, 36), fontsize=8)
         panel.set_xticks([])
         panel.grid(axis='y', alpha=0.25)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3,

@@ -280,8 +280,8 @@ def test_starts_keep_and_drop_what_they_say(monkeypatch):
 
 def test_a_run_that_diverged_has_no_mean():
     assert ablate.measured({'status': 'nan'}) is None
-    result = {'name': 'x', 'question': '?', 'command': 'x', 'seeds': 2, 'runs': 4, 'hours': 1,
-              'quick': False, 'kind': 'ablation',
+    result = {'name': 'x', 'question': '?', 'command': 'x', 'model': '5 parameters', 'seeds': 2,
+              'runs': 4, 'hours': 1, 'quick': False, 'kind': 'ablation',
               'comparisons': {'c': {'a': {'exponent': 1, 'mean': {'text': (1, 0, 0)}, 'runs': [{}],
                                           'difference': {'text': (0, 0, 0)}},
                                     'b': {'exponent': -1, 'runs': [None, {}]}}}}
