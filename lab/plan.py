@@ -9,6 +9,8 @@ without data, torch's FakeTensorMode, while torch's MemTracker adds up what is a
 estimate by roofline.py: FLOPs and bytes, over the share of the hardware's figures that kernels
 reached on an H100.
 """
+import itertools
+import json
 import math
 import shlex
 import sys
@@ -49,6 +51,7 @@ gpu = 'h100'                  # 'a100' | 'h100' | 'h200' | 'b200'
 # all other knobs are train.py's; without a config file they are those of config/xmodel25.py
 
 NETWORK = 8 * 50e9               # of a node, bytes/s each way: 8 cards, which NCCL uses together
+H100 = Path(__file__).parents[1] / 'results/h100/gpu.json'
 LINK_REACHED = 0.8               # share of link or network that large collectives reach: assumed
 USABLE_MEMORY = 0.9              # share of a GPU's memory; the rest is for CUDA, NCCL and gaps
 
@@ -69,16 +72,25 @@ class Measured(NamedTuple):
         return activations(c, self.rows, False, self.fp8), seconds
 
 
-# Of the 1.3B model with compiled blocks, on one H100 80GB: results/h100/gpu.json. The weights in
-# FP8, 2.3 GB, are part of FP8's peak; they were in memory beside bf16's as well, and are left out.
-MEASURED = [
-    Measured(False, 1, 3712, 14.1e9, 0.105),
-    Measured(False, 4, 3712, 41.5e9, 0.341),
-    Measured(False, 1, 16384, 45.3e9, 0.617),
-    Measured(True, 1, 3712, 13.0e9, 0.127),
-    Measured(True, 4, 3712, 37.6e9, 0.298),
-    Measured(True, 1, 16384, 41.1e9, 0.566),
-]
+def measured_on_an_h100():
+    """[Measured] of the 1.3B model with compiled blocks, as `python -m lab.bench gpu` wrote it.
+
+    The weights in FP8 are part of FP8's peak. They were in memory beside bf16's as well, which is
+    left out.
+    """
+    parts = json.loads(H100.read_text())['parts']
+    with torch.device('meta'):
+        model = Xmodel(XmodelConfig())
+    weights_and_gradients = 8 * model.num_params()
+    in_fp8 = 2 * model.num_params(embedding=False)
+    rows = []
+    for is_fp8, (B, T) in itertools.product((False, True), ((1, 3712), (4, 3712), (1, 16_384))):
+        figures = parts[f'step {B} x {T}'][name_of_way(is_fp8, False)]
+        peak = 1e9 * figures['peak GB'] - weights_and_gradients
+        if not is_fp8:
+            peak -= in_fp8
+        rows.append(Measured(is_fp8, B, T, peak, figures['ms'] / 1000))
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -442,16 +454,16 @@ def print_other_numbers(plans, P):
         'Where DDP with a sharded optimizer stops being enough: train.py gives every GPU the same '
         f'number of whole rows, so it takes at most {most_gpus} GPUs, '
         'the largest number that divides every batch, and of fewer only a divisor of that. Before, '
-        'a GPU has so few tokens between two steps that it waits for Python (the last table: half '
-        f'of the time with 1 x 3712). Memory is no reason to shard: weights and gradients take '
-        f'{gb(8 * P)} GB. Nor is communication, as long as the network has its bandwidth. Beyond, '
-        'take torchtitan: context or tensor parallelism, which give a row to several GPUs, with '
-        'HSDP; or a larger batch, which is another recipe.')
+        'a GPU has so few tokens between two steps that it waits for Python (the last table: a '
+        'third of the time with 1 x 3712 and FP8). Memory is no reason to shard: weights and '
+        f'gradients take {gb(8 * P)} GB. Nor is communication, as long as the network has its '
+        'bandwidth. Beyond, take torchtitan: context or tensor parallelism, which give a row to '
+        'several GPUs, with HSDP; or a larger batch, which is another recipe.')
 
 
 def gain_of_fp8():
     """How many times as fast as bf16, measured: 4 x 3712 tokens."""
-    seconds = {m.fp8: m.seconds for m in MEASURED if (m.rows, m.T) == (4, 3712)}
+    seconds = {m.fp8: m.seconds for m in measured_on_an_h100() if (m.rows, m.T) == (4, 3712)}
     return seconds[False] / seconds[True]
 
 
@@ -464,7 +476,7 @@ def print_measurements():
         'backward. Planned memory is that of eager mode, which holds more. With 1 x 3712 tokens '
         'the GPU waits for Python.')
     rows = []
-    for m in MEASURED:
+    for m in measured_on_an_h100():
         planned, seconds = m.planned()
         rows.append((name_of_way(m.fp8, False), f'{m.rows} x {m.T}', gb(planned), gb(m.peak),
                      f'{m.peak / planned:.2f}', f'{seconds:.3f}', f'{m.seconds:.3f}'))

@@ -155,7 +155,7 @@ def test_the_parts_that_need_a_gpu_run_through(tiny, monkeypatch):
     monkeypatch.setattr(gpu, 'launched', lambda events: [
         ('nvjet_tst', [], 3.0), *[('a', [], 1.0) for e in events if e.name == 'optimizer']])
     assert list(dict(tiny.time_graphs(2, 16))) == ['bf16', 'bf16, graph', 'FP8', 'FP8, graph']
-    assert list(dict(tiny.time_autotuned('FP8', 2, 16))) == ['default', 'autotuned']
+    assert list(dict(tiny.time_autotuned(2, 16))) == ['default', 'autotuned']
     assert modes == ['max-autotune-no-cudagraphs']
     figures = dict(tiny.time_kernels(2, 16))
     assert figures['FP8, GEMMs, bf16'] == {'ms': 3.0, '%': 75.0}
