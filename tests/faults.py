@@ -639,8 +639,9 @@ AS_BEFORE, SUMS = 'what was saved before is whole', 'its checksums are not right
 ON = '; --resume without step_18.pt goes on from step_16.pt'
 DATA = 'python data_prep.py SOURCE --out_dir=data/arith --vocab_size=512 --overwrite'
 FAULTS = {   # fault: (function, exit code, a pattern of what is told, what is lost)
+    # (or in the log, if steps go on while the checkpoint is written)
     'disk full in a checkpoint': (
-        full_in_a_checkpoint, 2, f'out/RUN/step_[36].pt: {FULL}; {AS_BEFORE}', SAME),
+        full_in_a_checkpoint, 2, f'out/RUN(/step_[36].pt)?: {FULL}; {AS_BEFORE}', SAME),
     'too little space for a checkpoint, before it is written': (
         too_little_space_for_a_checkpoint, 2,
         'out/RUN/step_6.pt: No space left on device .0.000457 GB are wanted, 7e-05 GB free', SAME),
