@@ -132,7 +132,7 @@ def test_a_second_signal_does_not_interrupt_what_cleans_up(tmp_path):
 
 
 INTERRUPTED = """
-import os, signal, threading
+import os, signal, sys, threading, traceback
 from multiprocessing import util
 import processes
 
@@ -147,9 +147,16 @@ if __name__ == '__main__':
     signal.set_wakeup_fd(write)
     spawn = util.spawnv_passfds
 
+    def main_waits():
+        frame = sys._current_frames()[threading.main_thread().ident]
+        return 'result' in [each.name for each in traceback.extract_stack(frame)]
+
     def interrupted(*args):
         pid = spawn(*args)
         if 'spawn_main' in str(args[1]):            # not the process that tracks resources
+            for _ in range(10_000):                 # for ever, if it starts workers itself
+                if main_waits():
+                    break
             os.kill(os.getpid(), signal.SIGINT)
             os.read(read, 1)                        # the signal has come
         return pid
