@@ -51,9 +51,9 @@ gpu = 'h100'                  # 'a100' | 'h100' | 'h200' | 'b200'
 # all other knobs are train.py's; without a config file they are those of config/xmodel25.py
 
 NETWORK = 8 * 50e9               # of a node, bytes/s each way: 8 cards, which NCCL uses together
-H100 = Path(__file__).parents[1] / 'results/h100/gpu.json'
 LINK_REACHED = 0.8               # share of link or network that large collectives reach: assumed
 USABLE_MEMORY = 0.9              # share of a GPU's memory; the rest is for CUDA, NCCL and gaps
+MEASUREMENTS = Path(__file__).parents[1] / 'results/h100/gpu.json'             # by lab/gpu.py
 
 
 class Measured(NamedTuple):
@@ -64,7 +64,7 @@ class Measured(NamedTuple):
     seconds: float               # of forward and backward, the median of five
 
     def planned(self):
-        """(bytes, seconds)"""
+        """(bytes in eager mode, seconds of compiled blocks), as estimated."""
         c = replace(XmodelConfig(), block_size=self.T)
         # FP8's weights were rounded before, as for the second of many micro-batches
         seconds = seconds_of_a_micro_batch(c, self.rows, GPUS['h100'], self.fp8,
@@ -78,7 +78,7 @@ def measured_on_an_h100():
     The weights in FP8 are part of FP8's peak. They were in memory beside bf16's as well, which is
     left out.
     """
-    parts = json.loads(H100.read_text())['parts']
+    parts = json.loads(MEASUREMENTS.read_text())['parts']
     with torch.device('meta'):
         model = Xmodel(XmodelConfig())
     weights_and_gradients = 8 * model.num_params()

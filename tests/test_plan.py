@@ -1,5 +1,5 @@
-"""plan.py: what it says of memory beside what a process took, its FLOPs beside torch's
-counter, its communication beside what DDP and the optimizers send, its times beside an H100's.
+"""plan.py: what it says of memory beside what a process took, its FLOPs beside torch's counter, its
+communication beside what DDP and the optimizers send, its times beside an H100's.
 
 Figures of an H100 are in results/h100/gpu.json.
 """
@@ -92,7 +92,7 @@ def test_tokens_a_second_of_another_model_on_another_gpu_are_near_the_published_
 
 def test_optimizers_take_what_they_took_on_an_h100():
     c = replace(XmodelConfig(), block_size=PHASE['block_size'])
-    parts = json.loads(plan.H100.read_text())['parts']
+    parts = json.loads(plan.MEASUREMENTS.read_text())['parts']
     took = {name: figures['ms'] / 1000 for name, figures in parts['optimizers'].items()
             if 'ms' in figures}
     for kind in ('adamw', 'muon'):

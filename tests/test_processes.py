@@ -154,7 +154,7 @@ if __name__ == '__main__':
     def interrupted(*args):
         pid = spawn(*args)
         if 'spawn_main' in str(args[1]):            # not the process that tracks resources
-            for _ in range(10_000):                 # for ever, if it starts workers itself
+            for _ in range(10_000):                 # it never does if it starts workers itself
                 if main_waits():
                     break
             os.kill(os.getpid(), signal.SIGINT)
