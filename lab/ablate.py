@@ -16,18 +16,23 @@ config/ablation.py with other flags. The method is one for all.
 - Runs of one seed read the same data in the same order. Where arms differ in the decay phase alone,
   they start from one checkpoint, at its onset.
 - Each arm has its own learning rate: a power of two times the config's, of which both neighbours
-  are worse. It is found with a seed that is not used for the result. (Some arms keep the config's:
-  those of long_context, and what only reads a checkpoint.)
+  are worse. It is found with a seed that is not used for the result; that another seed might choose
+  another one is not in the intervals. (Some arms keep the config's: those of long_context, and what
+  only reads a checkpoint.) The factor is that of matrices and gains: the embedding's rate stays,
+  but in nanoGPT's recipe, which has one rate for all. Where arms start from a checkpoint, it is
+  that of what comes after it.
 - The result has `seeds` seeds. Each arm is compared with the first one seed by seed: the mean of
   the differences, and its 95 % interval by Student's t. An interval about 0 says that this size
   cannot show a difference, or only one that is larger than the interval.
 
-Measured are the losses of held-out text and held-out sums, in nats, and the share of held-out sums
-that greedy decoding solves; some experiments measure more on the checkpoints (probe.py). A trial,
-which is one run, is not run again once it has its line in out/ablate/trials.jsonl, unless code or
-text have changed: the same command goes on where it was stopped. What was measured is in
-results/ablations/NAME.json, and as a table in NAME.md.
+Measured are the losses of held-out text and held-out sums, in nats, that of the decay's mixture of
+them, which the search goes by, and the share of held-out sums that greedy decoding solves; some
+experiments measure more on the checkpoints (probe.py). A trial, which is one run, is not run again
+once it has its line in out/ablate/trials.jsonl, unless code or text have changed: the same command
+goes on where it was stopped. What was measured is in results/ablations/NAME.json, and as a table in
+NAME.md.
 """
+import copy
 import functools
 import hashlib
 import json
@@ -41,11 +46,19 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import checkpoints, read_checkpoint, replace_file, to_json, write_checkpoint
+from checkpoint import (
+    checkpoints,
+    read_checkpoint,
+    replace_file,
+    take_folder,
+    to_json,
+    write_checkpoint,
+)
 from configurator import check_range, configure, fail
 from lab import probe, signatures
 from lab.experiments import EXPERIMENTS, recall_file
 from lab.trials import (
+    check_flags,
     hash_of,
     make_checkpoints,
     prepare_data_of,
@@ -55,7 +68,7 @@ from lab.trials import (
 )
 from model import Xmodel
 from processes import ending_in_one_line
-from start import model_config
+from start import complete_phases, model_config
 
 command = ''                  # an experiment, see above
 quick = False                 # tiny runs of two seeds, one comparison, no search for learning rates
@@ -72,6 +85,7 @@ QUICK = ('--data_dir=data/ablation-quick', '--sources.stdlib=stdlib --max_mb=0.3
          '--n_embd=64', '--n_ffn=160', '--steps_scale=0.02', '--compile=False')
 FILE = Path('out/ablate/trials.jsonl')
 RESULTS = 'results/ablations'
+PROBE_CODE = Path(probe.__file__).read_text()
 seconds_of = {}               # a core's, of each run that the result needs
 
 
@@ -189,12 +203,11 @@ def measure_checkpoint(kind, point, first):
     kind: 'length', 'steps' or 'landscape', a function of probe.py. What was measured is kept beside
     the checkpoint.
     """
-    folder, other = (Path(in_own_folder('run', trial_flags(*p))[0]) for p in (point, first))
+    folder, other = (Path(in_own_folder('run', trial_flags(*each))[0]) for each in (point, first))
     if not checkpoints(folder):
         fail(f'{folder} has no checkpoint any more, of a run that is in {FILE}: without that file '
              'all runs are made anew')
-    code = Path(probe.__file__).read_text()
-    sha = hashlib.sha256(repr([code, other.name]).encode()).hexdigest()[:8]
+    sha = hashlib.sha256(repr([PROBE_CODE, other.name]).encode()).hexdigest()[:8]
     file = folder / f'{kind}-{sha}.json'
     if not file.exists():
         finished = probe.load(folder)
@@ -218,6 +231,8 @@ def measured(entry):
     if entry['status'] == 'nan':
         return None
     losses = {name: scores['loss'] for name, scores in entry['scores']['validation'].items()}
+    if None in losses.values():                                  # it broke in its last steps
+        return None
     mixture = base_knobs()['phases'][-1]['data']
     found = {'text': losses['stdlib'],
              'both': statistics.fmean([losses[name] for name in mixture if name in losses],
@@ -254,7 +269,11 @@ def best_exponents(arms):
 
 
 def compare(comparison):
-    """Run a comparison -> {arm's name: its learning rate, measures and differences}."""
+    """Run a comparison -> {arm's name: its learning rate, measures and differences}.
+
+    What is measured on a checkpoint may compare it with the first arm's: it is left out for a seed
+    of which either diverged.
+    """
     arms = comparison.arms
     exponents, tried = best_exponents(arms)
     own_seeds = range(first_seed + 1, first_seed + 1 + (2 if quick else seeds))
@@ -262,54 +281,87 @@ def compare(comparison):
     entries = run(points, keep=bool(comparison.probe))
     table = {}
     for arm in arms:
-        own_points = [point for point in points if point[0] == arm]
-        own = [entries[point] for point in own_points]
-        runs = [measured(entry) for entry in own]
-        if comparison.probe:
-            for found, point in zip(runs, own_points):
-                if found:
-                    of_first_arm = arms[0], point[1], exponents[arms[0]]
-                    found |= measure_checkpoint(comparison.probe, point, of_first_arm)
-        row = {'flags': arm.flags, 'start': arm.start, 'exponent': exponents[arm],
-               'tried': tried[arm], 'runs': runs}
-        table[arm.name] = row
-        if None not in runs:
-            row['mean'] = {key: interval(values) for key, values in by_measure(runs).items()}
-        first = table[arms[0].name]['runs']
-        if None not in runs + first:
-            others = by_measure(first)
-            row['difference'] = {key: interval([a - b for a, b in zip(values, others[key])])
-                                 for key, values in by_measure(runs).items() if key in others}
+        runs = [measured(entries[arm, seed, exponents[arm]]) for seed in own_seeds]
+        table[arm.name] = {'flags': arm.flags, 'start': arm.start, 'exponent': exponents[arm],
+                           'tried': tried[arm], 'runs': runs}
+    first = arms[0]
+    if comparison.probe:
+        for arm in arms:
+            for seed, run_of_first, found in zip(own_seeds, table[first.name]['runs'],
+                                                 table[arm.name]['runs']):
+                if run_of_first and found:
+                    found |= measure_checkpoint(comparison.probe, (arm, seed, exponents[arm]),
+                                                (first, seed, exponents[first]))
+    for arm in arms:
+        row = table[arm.name]
+        if None not in row['runs']:
+            row['mean'] = {key: interval(values) for key, values in by_measure(row['runs']).items()}
+        if difference := less(row, table[first.name]):
+            row['difference'] = difference
+        row['also'] = {name: less(row, table[name]) for name in arm.also}
     return table
 
 
+def less(row, other):
+    """{measure: interval of the differences of two arms, seed by seed}; {} if a run diverged."""
+    if None in row['runs'] + other['runs']:
+        return {}
+    others = by_measure(other['runs'])
+    return {key: interval([a - b for a, b in zip(values, others[key])])
+            for key, values in by_measure(row['runs']).items() if key in others}
+
+
 def by_measure(runs):
-    """{measure: its number in each of the runs}."""
-    return {key: [found[key] for found in runs] for key in runs[0] if key != 'solved by steps'}
+    """{measure: its number in each of the runs}, of what was measured in all of them."""
+    return {key: [found[key] for found in runs] for key in runs[0]
+            if key != 'solved by steps' and all(key in found for found in runs)}
 
 
 # --------------------------------------------------------------------------------------------------
 # The table
 
 LEGEND = ('± is half of the 95 % interval. Less the first: the mean of the differences, seed by '
-          'seed. lr x: the factor on the config\'s learning rates of matrices.')
-COLUMNS = {'text': 'loss of text', 'sums': 'loss of sums', 'solved': 'sums solved'}
-KNOWN = {*COLUMNS, 'both', 'solved by steps'}
+          'seed. lr x: the factor on the config\'s learning rates of matrices and gains.')
+COLUMNS = {'text': 'loss of text', 'sums': 'loss of sums', 'both': 'loss of the mixture',
+           'solved': 'sums solved'}
+
+
+def columns_of(tables):
+    """The keys of COLUMNS that tables have; the mixture's only where it is not that of text."""
+    rows = [row for table in tables for row in table.values()]
+    keys = [key for key in COLUMNS if any(key in row.get('mean', ()) for row in rows)]
+    return keys if 'sums' in keys else [key for key in keys if key != 'both']
+
+
+def is_share(key):
+    return key.endswith(('solved', 'errors'))
 
 
 def show(key, mean, error, half):
     """A mean with half of its 95 % interval, as text; shares in per cent."""
-    if key.endswith(('solved', 'errors')):
+    if is_share(key):
         return f'{mean:.1%} ± {100 * half:.1f}'
-    if abs(mean) >= 100:
-        return f'{mean:.0f} ± {half:.0f}'
-    return f'{mean:.4f} ± {half:.4f}'
+    digits = digits_after_the_point(mean)
+    return f'{mean:.{digits}f} ± {half:.{digits}f}'
+
+
+def show_difference(key, mean, error, half):
+    """The same of a difference; those of shares in points."""
+    if is_share(key):
+        return f'{100 * mean:+.1f} ± {100 * half:.1f} points'
+    digits = digits_after_the_point(mean)
+    return f'{mean:+.{digits}f} ± {half:.{digits}f}'
+
+
+def digits_after_the_point(number):
+    """So many that there are five digits in all."""
+    return max(0, 5 - len(str(int(abs(number)))))
 
 
 def measures_of(table):
     """What was measured on a comparison's checkpoints, beside losses and solved sums."""
     keys = dict.fromkeys(key for row in table.values() for key in row.get('mean', ()))
-    return [key for key in keys if key not in KNOWN]
+    return [key for key in keys if key not in COLUMNS]
 
 
 def table_of_probes(table):
@@ -326,7 +378,7 @@ def table_of_probes(table):
         for i, row in enumerate(table.values()):
             cell = show(key, *row['mean'][key]) if key in row.get('mean', ()) else ''
             if i > 0 and key in row.get('difference', ()):
-                cell += f' ({show(key, *row["difference"][key])})'
+                cell += f' ({show_difference(key, *row["difference"][key])})'
             cells.append(cell)
         lines.append(f'| {" | ".join(cells)} |')
     return [*lines, '']
@@ -340,11 +392,11 @@ def markdown(result):
     if result['kind'] == 'signatures':
         return '\n'.join([*lines, f'{trial}{result["seeds"]} seeds.', '',
                           *signatures.table(result['signs']), ''])
-    cost = f'{result["runs"]} runs, {result["hours"]:.2g} hours of a core'
-    lines += [f'{trial}{result["seeds"]} seeds; {cost}, the search of learning rates included.',
-              LEGEND, '']
+    cost = (f'{result["runs"]} runs, {result["hours"]:.2g} hours of a core, with the search of '
+            'learning rates, without the checkpoints that runs start from')
+    lines += [f'{trial}{result["seeds"]} seeds; {cost}.', LEGEND, '']
     for name, table in result['comparisons'].items():
-        keys = [key for key in COLUMNS if any(key in row.get('mean', ()) for row in table.values())]
+        keys = columns_of([table])
         head = ['arm', 'lr x', *(COLUMNS[key] for key in keys),
                 *(f'{COLUMNS[key]}, less the first' for key in keys)]
         lines += [f'## {name}', '', f'| {" | ".join(head)} |', f'|{" --- |" * len(head)}']
@@ -352,23 +404,34 @@ def markdown(result):
         for arm, row in table.items():
             diverged = row['runs'].count(None)
             of_all = f' ({diverged} of {len(row["runs"])} runs diverged)' if diverged else ''
-            cells = [arm + of_all, f'{2.0**row["exponent"]:g}']
-            for part in ('mean', 'difference'):
-                for key in keys:
-                    found = row.get(part, {}).get(key)
-                    is_first = part == 'difference' and arm == first
-                    cells.append(show(key, *found) if found and not is_first else '')
-            lines.append(f'| {" | ".join(cells)} |')
+            means = row.get('mean', {})
+            cells = [show(key, *means[key]) if key in means else '' for key in keys]
+            difference = {} if arm == first else row.get('difference', {})
+            lines.append(line_of(arm + of_all, f'{2.0**row["exponent"]:g}', *cells,
+                                 *differences(difference, keys)))
+            for other, difference in row.get('also', {}).items():
+                lines.append(line_of(f'the same, less {other}', '', *[''] * len(keys),
+                                     *differences(difference, keys)))
         lines += ['', *table_of_probes(table)]
     return '\n'.join(lines)
+
+
+def differences(difference, keys):
+    return [show_difference(key, *difference[key]) if key in difference else '' for key in keys]
+
+
+def line_of(*cells):
+    return f'| {" | ".join(cells)} |'
 
 
 def size_of(knobs):
     """How large the model is, and how many tokens it reads, in words."""
     with torch.device('meta'):
         model = Xmodel(model_config(knobs))
+    phases = copy.deepcopy(knobs['phases'])
+    complete_phases(phases, knobs['steps_scale'])
     tokens = [f'{phase["name"]} {phase["steps"] * phase["batch"] * phase["block_size"]:,}'
-              for phase in knobs['phases']]
+              for phase in phases]
     return f'{model.num_params():,} parameters; tokens: {", ".join(tokens)}'
 
 
@@ -383,10 +446,16 @@ def prepare_data(comparisons):
     for flags_of_arm in [(), *arms]:
         knobs = train_knobs(*base_flags(), *without_variant(flags_of_arm))
         if 'recall' in knobs['sources'] and not recall_file(knobs).exists():
-            records = probe.recall(400 if quick else 4000, 1)
-            recall_file(knobs).parent.mkdir(parents=True, exist_ok=True)
-            recall_file(knobs).write_text(''.join(json.dumps(record) + '\n' for record in records))
+            write_recall(recall_file(knobs))
         prepare_data_of(knobs)
+
+
+def write_recall(file):
+    """Write the texts of keys that are told early and asked late."""
+    records = probe.recall(400 if quick else 4000, 1)
+    text = ''.join(json.dumps(record) + '\n' for record in records)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, lambda f: f.write(text.encode()))
 
 
 def main():
@@ -399,6 +468,7 @@ def main():
     if quick:
         probe.WINDOWS, probe.PROBLEMS, probe.ITERATIONS = 8, 4, 2
     try:
+        check_flags(flags)
         knobs = base_knobs()
         model_config(knobs)
         if [phase['name'] for phase in knobs['phases']] != ['stable', 'decay']:
@@ -406,13 +476,15 @@ def main():
     except ValueError as e:
         fail(f'flags={flags!r}: {e}')
     Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = take_folder(FILE.parent)                              # noqa: F841, held to the end
     result = {'name': command, 'command': shlex.join(['python', '-m', 'lab.ablate', *sys.argv[1:]]),
               'model': size_of(knobs), 'quick': quick, 'seeds': 2 if quick else seeds,
               'torch': torch.__version__}
     if command == 'signatures':
         prepare_data([])
         own_seeds = range(first_seed, first_seed + (1 if quick else seeds))
-        rows = signatures.provoke(base_flags(), knobs['phases'][0]['steps'], own_seeds, jobs)
+        switch = max(1, round(knobs['phases'][0]['steps'] * knobs['steps_scale']))
+        rows = signatures.provoke(base_flags(), switch, own_seeds, jobs)
         result |= {'kind': 'signatures', 'question': question_of(signatures.provoke), 'signs': rows}
     else:
         experiment = EXPERIMENTS[command]
@@ -449,5 +521,8 @@ if __name__ == '__main__':
         problems = min(problems, 8)
     folder = folder or ('out/ablate/quick' if quick else RESULTS)
     jobs = jobs or (1 if torch.cuda.is_available() else os.cpu_count())
-    with ending_in_one_line(folder, '; the same command goes on from the runs that have finished'):
+    goes_on = '; the same command goes on from the runs that have finished'
+    if command == 'signatures':
+        goes_on = ''                                             # its runs are not kept
+    with ending_in_one_line(folder, goes_on):
         main()

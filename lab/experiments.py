@@ -14,10 +14,11 @@ class Arm(NamedTuple):
     start: str = ''              # the checkpoint to begin with, see write_start; '': none
     guess: int = 0               # power of two, times the config's learning rate, to try first
     tuned: bool = True           # False: the guess stays
+    also: tuple = ()             # names of other arms that it is compared with
 
 
 class Comparison(NamedTuple):
-    """Arms that are compared with the first of them."""
+    """Arms that are compared with the first of them, and with what their `also` names."""
     name: str
     arms: list
     probe: str = ''              # what to measure on the checkpoints, see measure_checkpoint
@@ -46,8 +47,11 @@ def decay_optimizer(knobs):
         adamw, muon = decay_arms(knobs, times)
         comparisons.append(Comparison(
             f'{round(decay["batch"] * times) * decay["block_size"]} tokens a step', [
-                adamw, adamw._replace(name='AdamW, fresh state', start='fresh'),
-                muon, muon._replace(name="Muon, embedding's state kept", start='embedding kept')]))
+                adamw,
+                adamw._replace(name='AdamW, fresh state', start='fresh'),
+                muon._replace(also=('AdamW, fresh state',)),
+                muon._replace(name="Muon, embedding's state kept", start='embedding kept',
+                              also=('Muon, fresh state',))]))
     arms = [Arm('AdamW throughout', ADAMW)]
     for share in (1, 0.75, 0.5, 0.25, 0):
         before = round(stable['steps'] * share)
@@ -119,26 +123,33 @@ def schedule(knobs):
 
 def long_context(knobs):
     """Does a phase of long texts raise the perplexity of text while tasks improve? From what: the
-    mixture, the length, or the schedule that begins anew? All start from one decayed checkpoint."""
+    mixture, the length, or the schedule? All start from one decayed checkpoint."""
     _, decay = knobs['phases']
     T, batch = 4 * decay['block_size'], decay['batch'] // 4
     steps = round(decay['steps'] * 0.75)
 
-    def arm(name, T, batch, mixture, *more):
+    def arm(name, T, batch, mixture, *more, also=()):
         return Arm(name, (f'--sources.recall={recall_file(knobs)}', f'--phases.long.steps={steps}',
                           f'--phases.long.block_size={T}', f'--phases.long.batch={batch}',
-                          f'--phases.long.data={mixture}', *more), 'decayed', tuned=False)
+                          f'--phases.long.data={mixture}', *more), 'decayed', 0, False, also)
 
-    mixture = {'recall': 0.34, 'arith': 0.33, 'stdlib': 0.33}
+    keys = {'recall': 0.34, 'arith': 0.33, 'stdlib': 0.33}
+    # a source that no phase reads is refused, so its weight is 0
+    no_keys = {'recall': 0.0, 'arith': 0.67, 'stdlib': 0.33}
+    text = {'recall': 0.0, 'stdlib': 1.0}
+    short, short_batch = decay['block_size'], decay['batch']
     return [Comparison('the long phase', [
-        arm('no more steps', T, batch, mixture, '--phases.long.steps=1', '--phases.long.warmup=0',
-            '--phases.long.lr=(0, 0, 0)',
-            '--phases.long.embedding_lr=(0, 0, 0)'),
-        arm('long', T, batch, mixture),
-        arm('short, most keys cut off', decay['block_size'], decay['batch'], mixture),
-        arm('without keys', T, batch, {'recall': 0.0, 'arith': 0.67, 'stdlib': 0.33}),
-        arm('text alone', T, batch, {'recall': 0.0, 'stdlib': 1.0}),
-        arm('no new warmup', T, batch, mixture, '--phases.long.warmup=0')], 'length')]
+        arm('no more steps', T, batch, keys, '--phases.long.steps=1', '--phases.long.warmup=0',
+            '--phases.long.lr=(0, 0, 0)', '--phases.long.embedding_lr=(0, 0, 0)'),
+        arm('long', T, batch, keys),
+        arm('short, most keys cut off', short, short_batch, keys, also=('long',)),
+        arm('long, without keys', T, batch, no_keys, also=('long',)),
+        arm('short, without keys', short, short_batch, no_keys, also=('long, without keys',)),
+        arm('long, text alone', T, batch, text, also=('long, without keys',)),
+        arm('long, no warmup', T, batch, keys, '--phases.long.warmup=0', also=('long',)),
+        # from the rate at which the decay began, not from that at which it ended
+        arm('long, 16 x the rate', T, batch, keys, '--phases.long.lr=(0, 1, 0.1)',
+            '--phases.long.embedding_lr=(0, 1, 0.1)', also=('long',))], 'length')]
 
 
 def why_muon(knobs):

@@ -24,7 +24,7 @@ import train
 from checkpoint import read_log
 from configurator import configure, fail
 from lab import ablate
-from lab.ablate import COLUMNS, measures_of
+from lab.ablate import COLUMNS, columns_of, is_share, measures_of
 from model import mup_table
 from start import check_knobs, complete_phases, model_config
 from train import lr_at
@@ -279,9 +279,9 @@ def plot_coord_check(tables, png, default):
 def draw_differences(panel, key, arms, tables):
     """Each arm less the first in one measure, with its 95 % interval, over the comparisons."""
     for i, arm in enumerate(arms):
-        found = [table[arm].get('difference', {}).get(key, [math.nan] * 3)
+        found = [table.get(arm, {}).get('difference', {}).get(key, [math.nan] * 3)
                  for table in tables.values()]
-        mean, _, half = zip(*found)
+        mean, _, half = np.transpose(found) * (100 if is_share(key) else 1)
         beside = (i - (len(arms) - 1) / 2) * 0.1                 # so that none hides another
         panel.errorbar(np.arange(len(tables)) + beside, mean, half, color=COLOURS[i % 7],
                        marker=MARKERS[i % 5], markersize=5, linewidth=1, capsize=3, label=arm)
@@ -292,20 +292,20 @@ def draw_differences(panel, key, arms, tables):
 
 
 def plot_ablation(result, png, default):
-    """Each arm less the first; comparisons of the same arms are points of the same lines."""
-    rows = {}                                                    # arms -> {comparison: its table}
+    """Each arm less the first; comparisons with the same first arm are points of the same lines."""
+    rows = {}                                          # first arm -> {comparison: its table}
     for name, table in result['comparisons'].items():
-        rows.setdefault(tuple(table), {})[name] = table
-    keys = [key for key in COLUMNS
-            if any(key in row.get('difference', ()) for tables in rows.values()
-                   for table in tables.values() for row in table.values())]
+        rows.setdefault(next(iter(table)), {})[name] = table
+    keys = columns_of(result['comparisons'].values())
     figure, panels = pyplot().subplots(len(rows), max(1, len(keys)), squeeze=False,
                                        figsize=(1 + 4 * max(1, len(keys)), 3.5 * len(rows)),
                                        layout='constrained')
-    for (arms, tables), line in zip(rows.items(), panels):
+    for (first, tables), line in zip(rows.items(), panels):
+        arms = list(dict.fromkeys(arm for table in tables.values() for arm in table))
         for key, panel in zip(keys, line):
             draw_differences(panel, key, arms[1:], tables)
-            panel.set_title(f'{COLUMNS[key]}, less that of: {arms[0]}', fontsize=9)
+            points = ' (points)' if is_share(key) else ''
+            panel.set_title(f'{COLUMNS[key]}, less that of: {first}{points}', fontsize=9)
         line[0].legend(fontsize='x-small')
     save(figure, png, default)
 

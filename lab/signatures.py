@@ -73,7 +73,8 @@ def warnings_of(flags, running):
             step = next(group for group in match.groups() if group)
             found.append((int(step), line))
     if returncode and not found:
-        fail(f'train.py {shlex.join(flags)}: {errors.strip().splitlines()[-1]}')
+        error = trials.describe_failure(errors, returncode)['error']
+        fail(f'train.py {shlex.join(flags)}: {error}')
     return found
 
 

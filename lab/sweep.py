@@ -32,7 +32,7 @@ from tqdm import tqdm
 from checkpoint import replace_file, to_json
 from configurator import check_range, configure, fail, int_list
 from lab.coord_check import shape
-from lab.trials import hash_of, prepare_data_of, results_of, train_knobs
+from lab.trials import check_flags, hash_of, prepare_data_of, results_of, train_knobs
 from model import Xmodel, mup_table
 from processes import ending_in_one_line
 from start import model_config
@@ -533,7 +533,7 @@ def main():
     if not re.fullmatch(r'\w[\w.()-]*', name):
         fail(f'name={name!r} should be that of a folder under results/')
     try:
-        shlex.split(flags)
+        check_flags(flags)
     except ValueError as e:
         fail(f'flags={flags!r}: {e}')
     folder = Path('results', name)

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -42,6 +43,14 @@ def train_knobs(*argv):
     return knob_values(knobs)
 
 
+def check_flags(flags):
+    """ValueError where flags, which all trials get, set what each trial has of its own."""
+    for flag in shlex.split(flags):
+        name = flag.partition('=')[0]
+        if name in ('--seed', '--out_dir', '--resume', '--init_from', '--help'):
+            raise ValueError(f'{name} is set for each trial')
+
+
 def data_sets(knobs):
     """The names of the data sets of knobs' phases, in order; the values are None."""
     return dict.fromkeys(name for phase in knobs['phases'] for name in phase['data'])
@@ -52,11 +61,18 @@ def prepare_data_of(knobs):
     prepare_missing(knobs['data_dir'], data_sets(knobs), knobs['sources'], knobs['vocab_size'])
 
 
+def read_code(scoring=True):
+    """[text] of the scripts that decide a trial's result; scoring: those of its scores as well."""
+    names = (*CODE, 'eval', 'generate', 'lab/variants') if scoring else CODE
+    return [Path(ROOT, f'{name}.py').read_text() for name in names]
+
+
+CODE_AT_START = read_code()
+
+
 def hash_of(knobs, scoring=()):
     """Hash of what decides a trial's result beside its flags: config, code, torch and text."""
-    code = (*CODE, 'eval', 'generate', 'lab/variants') if scoring else CODE
-    parts = [repr(knobs), repr(scoring) if scoring else '', torch.__version__]
-    parts += [Path(ROOT, f'{name}.py').read_text() for name in code]
+    parts = [repr(knobs), repr(scoring) if scoring else '', torch.__version__, *read_code(scoring)]
     parts += [Path(knobs['data_dir'], name, 'meta.json').read_text() for name in data_sets(knobs)]
     return hashlib.sha256('\0'.join(parts).encode()).hexdigest()[:12]
 
@@ -125,7 +141,8 @@ def describe_failure(errors, returncode):
     lines = errors.strip().splitlines()
     if not lines:
         return {'status': 'failed', 'error': f'train.py ended with {returncode}'}
-    diverged = ' has loss ' in lines[-1]                         # train.py's words for NaN and inf
+    # train.py's words for a loss of NaN or inf, and eval.py's for the weights that are left
+    diverged = re.search(' has loss |training ruined the weights', lines[-1])
     return {'status': 'nan' if diverged else 'failed', 'error': lines[-1]}
 
 
@@ -229,6 +246,8 @@ def results_of(wanted, file, made_of, jobs, stable_runs, scoring=()):
     make_checkpoints({folder: run for folder, run in stable_runs.items()
                       if any(f'--init_from={folder}' in trial for trial in todo)}, jobs)
     for trial, entry in run_trials(todo, jobs, scoring):
+        if read_code() != CODE_AT_START:                         # the trial may have run either
+            fail('the code has changed since this program began: give the same command again')
         entry = {'flags': trial, 'made_of': made_of} | entry
         entries[made_of, *trial] = entry
         with open(file, 'a', encoding='utf-8') as f:

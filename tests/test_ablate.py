@@ -42,8 +42,10 @@ def test_the_interval_is_that_of_students_t(n):
 def test_every_arm_is_one_that_train_takes():
     for experiment in EXPERIMENTS.values():
         for comparison in experiment(ablate.base_knobs()):
-            assert len({arm.name for arm in comparison.arms}) == len(comparison.arms) > 1
+            names = [arm.name for arm in comparison.arms]
+            assert len(set(names)) == len(names) > 1
             for arm in comparison.arms:
+                assert set(arm.also) <= set(names) - {arm.name}
                 flags = ablate.without_variant(arm.flags)
                 assert trials.train_knobs(*ablate.base_flags(), *flags)
 
@@ -115,10 +117,51 @@ def test_the_result_has_other_seeds_than_the_search_and_each_rate_its_flag(monke
     mean = sum(range(ablate.first_seed + 1, ablate.first_seed + 4)) / 3
     assert table['c']['difference']['text'][0] == pytest.approx(mean)
     assert [table['b']['exponent'], table['c']['exponent']] == [2, 3]
+    d = c._replace(name='d', guess=5, also=('c',))
+    table = ablate.compare(Comparison('x', [b, c, d]))
+    assert table['d']['difference']['text'][0] == pytest.approx(3 * mean)
+    assert table['d']['also']['c']['text'][0] == pytest.approx(2 * mean)
     diverged = ablate.compare(Comparison('x', [Arm('a'), b, c]))      # nothing to compare to
     assert not any('difference' in row for row in diverged.values())
     rates = [trials.train_knobs(*ablate.trial_flags(b, 1, i))['learning_rate'] for i in (-1, 0, 2)]
     assert rates == [0.005, 0.01, 0.04]
+
+
+def test_a_checkpoint_is_not_compared_with_one_that_diverged(monkeypatch):
+    probed = []
+
+    def fake_measure(kind, point, first):
+        probed.append((point[0].name, point[1]))
+        return {'far': point[1]}
+
+    def fake_measured(entry):
+        return {'text': 1.0} if entry != ('a', ablate.first_seed + 1) else None
+
+    monkeypatch.setattr(ablate, 'run', lambda points, keep: {p: (p[0].name, p[1]) for p in points})
+    monkeypatch.setattr(ablate, 'measured', fake_measured)
+    monkeypatch.setattr(ablate, 'measure_checkpoint', fake_measure)
+    table = ablate.compare(Comparison('x', [Arm('a'), Arm('b')], 'length'))
+    assert probed == [(name, ablate.first_seed + 2) for name in 'ab']
+    assert list(table['b']['mean']) == ['text'] and 'mean' not in table['a']
+
+
+def test_code_that_changes_in_between_ends_the_program(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trials, 'run_trials', lambda todo, *more: [(trial, {}) for trial in todo])
+    monkeypatch.setattr(trials, 'CODE_AT_START', ['older'])
+    file = tmp_path / 'out/ablate/trials.jsonl'
+    with pytest.raises(SystemExit):
+        trials.results_of([['--seed=1']], file, 'made of', 1, {})
+    assert 'the code has changed since this program began' in capsys.readouterr().err
+    assert file.read_text() == ''
+
+
+def test_two_at_once_are_refused(monkeypatch, capsys):
+    lock = ablate.take_folder(ablate.FILE.parent)
+    monkeypatch.setattr(ablate, 'command', 'recipe')
+    with pytest.raises(SystemExit):
+        ablate.main()
+    assert f'{ablate.FILE.parent} is in use by process {os.getpid()}' in capsys.readouterr().err
+    lock.close()
 
 
 def test_a_stable_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
@@ -280,12 +323,25 @@ def test_starts_keep_and_drop_what_they_say(monkeypatch):
 
 def test_a_run_that_diverged_has_no_mean():
     assert ablate.measured({'status': 'nan'}) is None
+    last_steps = {'validation': {'stdlib': {'loss': None}}}
+    assert ablate.measured({'status': 'ok', 'scores': last_steps}) is None
+    ruined = 'eval.py: its logits are not finite: training ruined the weights'
+    assert trials.describe_failure(ruined, 2)['status'] == 'nan'
     result = {'name': 'x', 'question': '?', 'command': 'x', 'model': '5 parameters', 'seeds': 2,
               'runs': 4, 'hours': 1, 'quick': False, 'kind': 'ablation',
               'comparisons': {'c': {'a': {'exponent': 1, 'mean': {'text': (1, 0, 0)}, 'runs': [{}],
                                           'difference': {'text': (0, 0, 0)}},
-                                    'b': {'exponent': -1, 'runs': [None, {}]}}}}
-    assert '| b (1 of 2 runs diverged) | 0.5 |  |  |' in ablate.markdown(result)
+                                    'b': {'exponent': -1, 'runs': [None, {}],
+                                          'also': {'a': {'text': (-0.5, 0, 0.25)}}}}}}
+    page = ablate.markdown(result)
+    assert '| b (1 of 2 runs diverged) | 0.5 |  |  |' in page
+    assert '| the same, less a |  |  | -0.5000 ± 0.2500 |' in page
+
+
+def test_a_share_is_in_per_cent_and_its_difference_in_points():
+    assert ablate.show('sums solved', 0.104, 0, 0.022) == '10.4% ± 2.2'
+    assert ablate.show_difference('solved', 0.058, 0, 0.01) == '+5.8 ± 1.0 points'
+    assert ablate.show_difference('text', -0.08, 0, 0.01) == '-0.0800 ± 0.0100'
 
 
 @pytest.mark.parametrize('arguments, says', [
@@ -293,6 +349,8 @@ def test_a_run_that_diverged_has_no_mean():
     (['recipe', '--seeds=1'], 'seeds=1 should be at least 2'),
     (['recipe', '--seeds=11'], 'and below 11'), (['recipe', '--problems=0'], 'problems=0'),
     (['recipe', "--flags='"], 'flags="\'": No closing quotation'),
+    (['recipe', '--flags=--out_dir=out/x'], '--out_dir is set for each trial'),
+    (['recipe', '--flags=--seed=1'], '--seed is set for each trial'),
     (['recipe', '--flags=--phases.stable.steps=0'], 'should keep their steps'),
     (['recipe', '--flags=--n_head=3'], 'n_head=3 does not divide n_embd=64'),
     (['recipe', '--folder=file'], 'file')])
