@@ -56,6 +56,7 @@ from checkpoint import (
 )
 from configurator import check_range, configure, fail
 from lab import probe, signatures
+from lab.ablate_page import markdown
 from lab.experiments import EXPERIMENTS, recall_file
 from lab.trials import (
     check_flags,
@@ -318,111 +319,7 @@ def by_measure(runs):
 
 
 # --------------------------------------------------------------------------------------------------
-# The table
-
-LEGEND = ('± is half of the 95 % interval. Less the first: the mean of the differences, seed by '
-          'seed. lr x: the factor on the config\'s learning rates of matrices and gains.')
-COLUMNS = {'text': 'loss of text', 'sums': 'loss of sums', 'both': 'loss of the mixture',
-           'solved': 'sums solved'}
-
-
-def columns_of(tables):
-    """The keys of COLUMNS that tables have; the mixture's only where it is not that of text."""
-    rows = [row for table in tables for row in table.values()]
-    keys = [key for key in COLUMNS if any(key in row.get('mean', ()) for row in rows)]
-    return keys if 'sums' in keys else [key for key in keys if key != 'both']
-
-
-def is_share(key):
-    return key.endswith(('solved', 'errors'))
-
-
-def show(key, mean, error, half):
-    """A mean with half of its 95 % interval, as text; shares in per cent."""
-    if is_share(key):
-        return f'{mean:.1%} ± {100 * half:.1f}'
-    digits = digits_after_the_point(mean)
-    return f'{mean:.{digits}f} ± {half:.{digits}f}'
-
-
-def show_difference(key, mean, error, half):
-    """The same of a difference; those of shares in points."""
-    if is_share(key):
-        return f'{100 * mean:+.1f} ± {100 * half:.1f} points'
-    digits = digits_after_the_point(mean)
-    return f'{mean:+.{digits}f} ± {half:.{digits}f}'
-
-
-def digits_after_the_point(number):
-    """So many that there are five digits in all."""
-    return max(0, 5 - len(str(int(abs(number)))))
-
-
-def measures_of(table):
-    """What was measured on a comparison's checkpoints, beside losses and solved sums."""
-    keys = dict.fromkeys(key for row in table.values() for key in row.get('mean', ()))
-    return [key for key in keys if key not in COLUMNS]
-
-
-def table_of_probes(table):
-    """Lines of a table of what was measured on the checkpoints: a measure a row, an arm a column.
-
-    After each mean, in brackets, the difference from the first.
-    """
-    keys = measures_of(table)
-    if not keys:
-        return []
-    lines = [f'| on the checkpoints | {" | ".join(table)} |', f'|{" --- |" * (1 + len(table))}']
-    for key in keys:
-        cells = [key]
-        for i, row in enumerate(table.values()):
-            cell = show(key, *row['mean'][key]) if key in row.get('mean', ()) else ''
-            if i > 0 and key in row.get('difference', ()):
-                cell += f' ({show_difference(key, *row["difference"][key])})'
-            cells.append(cell)
-        lines.append(f'| {" | ".join(cells)} |')
-    return [*lines, '']
-
-
-def markdown(result):
-    """The page of a result: question, command, and a table for each comparison."""
-    trial = 'A trial: its figures mean nothing. ' if result['quick'] else ''
-    lines = [f'# {result["name"]}', '', result['question'], '', f'`{result["command"]}`', '',
-             f'{result["model"]}.', '']
-    if result['kind'] == 'signatures':
-        return '\n'.join([*lines, f'{trial}{result["seeds"]} seeds.', '',
-                          *signatures.table(result['signs']), ''])
-    cost = (f'{result["runs"]} runs, {result["hours"]:.2g} hours of a core, with the search of '
-            'learning rates, without the checkpoints that runs start from')
-    lines += [f'{trial}{result["seeds"]} seeds; {cost}.', LEGEND, '']
-    for name, table in result['comparisons'].items():
-        keys = columns_of([table])
-        head = ['arm', 'lr x', *(COLUMNS[key] for key in keys),
-                *(f'{COLUMNS[key]}, less the first' for key in keys)]
-        lines += [f'## {name}', '', f'| {" | ".join(head)} |', f'|{" --- |" * len(head)}']
-        first = next(iter(table))
-        for arm, row in table.items():
-            diverged = row['runs'].count(None)
-            of_all = f' ({diverged} of {len(row["runs"])} runs diverged)' if diverged else ''
-            means = row.get('mean', {})
-            cells = [show(key, *means[key]) if key in means else '' for key in keys]
-            difference = {} if arm == first else row.get('difference', {})
-            lines.append(line_of(arm + of_all, f'{2.0**row["exponent"]:g}', *cells,
-                                 *differences(difference, keys)))
-            for other, difference in row.get('also', {}).items():
-                lines.append(line_of(f'the same, less {other}', '', *[''] * len(keys),
-                                     *differences(difference, keys)))
-        lines += ['', *table_of_probes(table)]
-    return '\n'.join(lines)
-
-
-def differences(difference, keys):
-    return [show_difference(key, *difference[key]) if key in difference else '' for key in keys]
-
-
-def line_of(*cells):
-    return f'| {" | ".join(cells)} |'
-
+# The program
 
 def size_of(knobs):
     """How large the model is, and how many tokens it reads, in words."""

@@ -24,7 +24,7 @@ import train
 from checkpoint import read_log
 from configurator import configure, fail
 from lab import ablate
-from lab.ablate import COLUMNS, columns_of, is_share, measures_of
+from lab.ablate_page import COLUMNS, columns_of, is_share, measures_of
 from model import mup_table
 from start import check_knobs, complete_phases, model_config
 from train import lr_at

@@ -10,7 +10,7 @@ from conftest import ROOT, refused, run
 from scipy import stats
 
 from checkpoint import read_checkpoint
-from lab import ablate, plot, signatures, trials
+from lab import ablate, ablate_page, plot, signatures, trials
 from lab.ablate import interval
 from lab.experiments import EXPERIMENTS, Arm, Comparison, cosine, of_length
 
@@ -333,15 +333,15 @@ def test_a_run_that_diverged_has_no_mean():
                                           'difference': {'text': (0, 0, 0)}},
                                     'b': {'exponent': -1, 'runs': [None, {}],
                                           'also': {'a': {'text': (-0.5, 0, 0.25)}}}}}}
-    page = ablate.markdown(result)
+    page = ablate_page.markdown(result)
     assert '| b (1 of 2 runs diverged) | 0.5 |  |  |' in page
     assert '| the same, less a |  |  | -0.5000 ± 0.2500 |' in page
 
 
 def test_a_share_is_in_per_cent_and_its_difference_in_points():
-    assert ablate.show('sums solved', 0.104, 0, 0.022) == '10.4% ± 2.2'
-    assert ablate.show_difference('solved', 0.058, 0, 0.01) == '+5.8 ± 1.0 points'
-    assert ablate.show_difference('text', -0.08, 0, 0.01) == '-0.0800 ± 0.0100'
+    assert ablate_page.show('sums solved', 0.104, 0, 0.022) == '10.4% ± 2.2'
+    assert ablate_page.show_difference('solved', 0.058, 0, 0.01) == '+5.8 ± 1.0 points'
+    assert ablate_page.show_difference('text', -0.08, 0, 0.01) == '-0.0800 ± 0.0100'
 
 
 @pytest.mark.parametrize('arguments, says', [
