@@ -278,11 +278,11 @@ def plot_coord_check(tables, png, default):
 
 def draw_differences(panel, key, arms, tables):
     """Each arm less the first in one measure, with its 95 % interval, over the comparisons."""
-    for i, arm in enumerate(arms):
+    for i, arm in enumerate(arms, 1):                            # the colours of plot_measures
         found = [table.get(arm, {}).get('difference', {}).get(key, [math.nan] * 3)
                  for table in tables.values()]
         mean, _, half = np.transpose(found) * (100 if is_share(key) else 1)
-        beside = (i - (len(arms) - 1) / 2) * 0.1                 # so that none hides another
+        beside = (i - (len(arms) + 1) / 2) * 0.1                 # so that none hides another
         panel.errorbar(np.arange(len(tables)) + beside, mean, half, color=COLOURS[i % 7],
                        marker=MARKERS[i % 5], markersize=5, linewidth=1, capsize=3, label=arm)
     panel.axhline(0, color='black', linewidth=0.8)
