@@ -10,15 +10,15 @@ COLUMNS = {'text': 'loss of text', 'sums': 'loss of sums', 'both': 'loss of the 
 
 def markdown(result):
     """The page of a result: question, command, and a table for each comparison."""
-    trial = 'A trial: its figures mean nothing. ' if result['quick'] else ''
+    warning = 'Of --quick: the figures mean nothing. ' if result['quick'] else ''
     lines = [f'# {result["name"]}', '', result['question'], '', f'`{result["command"]}`', '',
              f'{result["model"]}.', '']
     if result['kind'] == 'signatures':
-        return '\n'.join([*lines, f'{trial}{result["seeds"]} seeds.', '',
+        return '\n'.join([*lines, f'{warning}{result["seeds"]} seeds.', '',
                           *signatures.table(result['signs']), ''])
     cost = (f'{result["runs"]} runs, {result["hours"]:.2g} hours of a core, with the search of '
             'learning rates, without the checkpoints that runs start from')
-    lines += [f'{trial}{result["seeds"]} seeds; {cost}.', LEGEND, '']
+    lines += [f'{warning}{result["seeds"]} seeds; {cost}.', LEGEND, '']
     for name, table in result['comparisons'].items():
         lines += [f'## {name}', '', *table_of_arms(table), '', *table_of_probes(table)]
     return '\n'.join(lines)

@@ -75,10 +75,10 @@ def sft_timing(knobs):
     def arm(name, in_stable, in_decay):
         """An arm with these tokens of sums in each of the phases."""
         mixtures = {'stable': in_stable / n_stable, 'decay': in_decay / n_decay}
-        data = tuple(f'--phases.{phase}.data.{data}={weight!r}'
-                     for phase, share in mixtures.items()
-                     for data, weight in (('arith', share), ('stdlib', 1 - share)))
-        return Arm(name, (*ADAMW, *data))
+        weights = tuple(f'--phases.{phase}.data.{data}={weight!r}'
+                        for phase, share in mixtures.items()
+                        for data, weight in (('arith', share), ('stdlib', 1 - share)))
+        return Arm(name, (*ADAMW, *weights))
     share = n_sums / (n_stable + n_decay)
     return [Comparison('sums', [arm('in the decay phase', 0.0, n_sums),
                                 arm('throughout', share * n_stable, share * n_decay),
