@@ -2,6 +2,7 @@
 
     python -m lab.ablate decay_optimizer         # one experiment: hours of two CPU cores
     python -m lab.ablate decay_optimizer --quick # the same in a minute or two, to see that it works
+    python -m lab.ablate switch_timing
     python -m lab.ablate sft_timing
     python -m lab.ablate schedule
     python -m lab.ablate long_context

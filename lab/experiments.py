@@ -39,9 +39,8 @@ def decay_arms(knobs, times=1):
 
 
 def decay_optimizer(knobs):
-    """Does the decay phase gain by going over to Muon, or by a fresh start? At which batch size?
-    And would an earlier switch gain more?"""
-    stable, decay = knobs['phases']
+    """Does the decay phase gain by going over to Muon, or by a fresh start? At which batch size?"""
+    _, decay = knobs['phases']
     comparisons = []
     for times in (1 / 4, 1, 4, 8):
         adamw, muon = decay_arms(knobs, times)
@@ -52,6 +51,12 @@ def decay_optimizer(knobs):
                 muon._replace(also=('AdamW, fresh state',)),
                 muon._replace(name="Muon, embedding's state kept", start='embedding kept',
                               also=('Muon, fresh state',))]))
+    return comparisons
+
+
+def switch_timing(knobs):
+    """Is the decay the time to go over to Muon, or would an earlier switch gain more?"""
+    stable, _ = knobs['phases']
     arms = [Arm('AdamW throughout', ADAMW)]
     for share in (1, 0.75, 0.5, 0.25, 0):
         before = round(stable['steps'] * share)
@@ -60,8 +65,7 @@ def decay_optimizer(knobs):
         if not before:
             switch.append(f'--phases.stable_muon.warmup={stable["warmup"]}')
         arms.append(Arm(f'Muon from {share:.0%} of the stable phase on', tuple(switch)))
-    comparisons.append(Comparison('when to switch', arms))
-    return comparisons
+    return [Comparison('when to switch', arms)]
 
 
 def sft_timing(knobs):
@@ -187,5 +191,5 @@ def recall_file(knobs):
 
 
 EXPERIMENTS = {function.__name__: function
-               for function in (decay_optimizer, sft_timing, schedule, long_context, why_muon,
-                                steps, recipe)}
+               for function in (decay_optimizer, switch_timing, sft_timing, schedule, long_context,
+                                why_muon, steps, recipe)}

@@ -60,7 +60,7 @@ def tokens_of(arm):
     return {name: n for name, n in read.items() if n}
 
 
-@pytest.mark.parametrize('name', ['decay_optimizer', 'sft_timing'])
+@pytest.mark.parametrize('name', ['decay_optimizer', 'switch_timing', 'sft_timing'])
 def test_arms_read_equally_much(name):
     for comparison in EXPERIMENTS[name](ablate.base_knobs()):
         first = tokens_of(comparison.arms[0])
@@ -345,7 +345,7 @@ def test_a_share_is_in_per_cent_and_its_difference_in_points():
 
 
 @pytest.mark.parametrize('arguments, says', [
-    (['decay'], "'decay' should be one of decay_optimizer, sft_timing"),
+    (['decay'], "'decay' should be one of decay_optimizer, switch_timing"),
     (['recipe', '--seeds=1'], 'seeds=1 should be at least 2'),
     (['recipe', '--seeds=11'], 'and below 11'), (['recipe', '--problems=0'], 'problems=0'),
     (['recipe', "--flags='"], 'flags="\'": No closing quotation'),
