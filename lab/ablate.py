@@ -326,11 +326,16 @@ def size_of(knobs):
     """How large the model is, and how many tokens it reads, in words."""
     with torch.device('meta'):
         model = Xmodel(model_config(knobs))
+    tokens = [f'{phase["name"]} {phase["steps"] * phase["batch"] * phase["block_size"]:,}'
+              for phase in phases_as_run(knobs)]
+    return f'{model.num_params():,} parameters; tokens: {", ".join(tokens)}'
+
+
+def phases_as_run(knobs):
+    """The phases with as many steps as train.py gives them."""
     phases = copy.deepcopy(knobs['phases'])
     complete_phases(phases, knobs['steps_scale'])
-    tokens = [f'{phase["name"]} {phase["steps"] * phase["batch"] * phase["block_size"]:,}'
-              for phase in phases]
-    return f'{model.num_params():,} parameters; tokens: {", ".join(tokens)}'
+    return phases
 
 
 def without_variant(flags):
@@ -381,7 +386,7 @@ def main():
     if command == 'signatures':
         prepare_data([])
         own_seeds = range(first_seed, first_seed + (1 if quick else seeds))
-        switch = max(1, round(knobs['phases'][0]['steps'] * knobs['steps_scale']))
+        switch = phases_as_run(knobs)[0]['steps']
         rows = signatures.provoke(base_flags(), switch, own_seeds, jobs)
         result |= {'kind': 'signatures', 'question': question_of(signatures.provoke), 'signs': rows}
     else:
