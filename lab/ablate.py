@@ -14,8 +14,8 @@
 An experiment (experiments.py) is a list of comparisons, and a comparison a list of arms: runs of
 config/ablation.py with other flags. The method is one for all.
 
-- Runs of one seed read the same data in the same order. Where arms differ in the decay phase alone,
-  they start from one checkpoint, at its onset.
+- Runs of one seed read the same data in the same order. What arms have in common is run once: they
+  start from one checkpoint, where the decay or the switch begins.
 - Each arm has its own learning rate: a power of two times the config's, of which both neighbours
   are worse. It is found with a seed that is not used for the result; that another seed might choose
   another one is not in the intervals. (Some arms keep the config's: those of long_context, and what
@@ -87,6 +87,7 @@ QUICK = ('--data_dir=data/ablation-quick', '--sources.stdlib=stdlib --max_mb=0.3
          '--n_embd=64', '--n_ffn=160', '--steps_scale=0.02', '--compile=False')
 FILE = Path('out/ablate/trials.jsonl')
 RESULTS = 'results/ablations'
+CHANGED = ('fresh', 'embedding kept')     # starts from a checkpoint of which something is dropped
 PROBE_CODE = Path(probe.__file__).read_text()
 seconds_of = {}               # a core's, of each run that the result needs
 
@@ -127,9 +128,21 @@ def made_of(solve=True):
     return hash_of(base_knobs(), scoring(solve))
 
 
-def run_before(seed, decayed=False):
-    """(folder, flags) of the run that ends where decay begins or, decayed, where it ends."""
-    trial = [*base_flags(), f'--seed={seed}', *([] if decayed else ['--phases.decay.steps=0'])]
+def run_before(start, seed):
+    """(folder, flags) of the run that ends where an arm of this start begins.
+
+    start: as of an Arm. 'decayed' is the end of the decay, a tuple that of a stable phase of as
+    many steps as its last number, extended from the run that ends at the number before it. All
+    others are the end of the stable phase.
+    """
+    trial = [*base_flags(), f'--seed={seed}']
+    if start != 'decayed':
+        trial.append('--phases.decay.steps=0')
+    if isinstance(start, tuple):
+        *shorter, steps = start
+        trial.append(f'--phases.stable.steps={steps}')
+        if shorter:
+            trial.append(f'--init_from={run_before(tuple(shorter), seed)[0]}')
     return in_own_folder('start', trial)
 
 
@@ -150,20 +163,20 @@ def trial_flags(arm, seed, exponent, keep=False):
 
 
 def start_folder(start, seed):
-    run, _ = run_before(seed, start == 'decayed')
-    return run if start in ('as it is', 'decayed') else f'{run}/{start.replace(" ", "-")}'
+    run, _ = run_before(start, seed)
+    return f'{run}/{start.replace(" ", "-")}' if start in CHANGED else run
 
 
 def write_start(start, seed):
-    """Write the checkpoint of the stable run with part of AdamW's state dropped, or another.
+    """Write the checkpoint of the stable run with part of AdamW's state dropped, if start says so.
 
-    'as it is', 'decayed': nothing is changed. 'fresh': no state. 'embedding kept': what Muon begins
-    with if the embedding and the gains, which stay with AdamW, keep theirs.
+    'fresh': no state. 'embedding kept': what Muon begins with if the embedding and the gains, which
+    stay with AdamW, keep theirs.
     """
     target = Path(start_folder(start, seed))
-    if start in ('as it is', 'decayed') or checkpoints(target):
+    if start not in CHANGED or checkpoints(target):
         return
-    checkpoint = read_checkpoint(run_before(seed)[0])
+    checkpoint = read_checkpoint(run_before(start, seed)[0])
     state = checkpoint['optimizer_state']
     if start == 'fresh':
         checkpoint['optimizer_state'] = {name: {} for name in state}
@@ -175,6 +188,16 @@ def write_start(start, seed):
     file = target / Path(checkpoint.pop('path')).name
     target.mkdir(exist_ok=True)
     write_checkpoint(file, checkpoint | {'config': asdict(checkpoint['config'])})
+
+
+def make_starts(starts):
+    """Make the checkpoints that runs start from, (start, seed) each, where they are not there."""
+    if before := [(start[:-1], seed) for start, seed in starts
+                  if isinstance(start, tuple) and len(start) > 1]:
+        make_starts(before)
+    make_checkpoints(dict(run_before(start, seed) for start, seed in starts), jobs)
+    for start, seed in starts:
+        write_start(start, seed)
 
 
 def run(points, solve=True, keep=False):
@@ -189,10 +212,7 @@ def run(points, solve=True, keep=False):
     missing = [point for point, flags in zip(points, wanted)
                if (made_of(solve), *flags) not in known]
     starts = dict.fromkeys((arm.start, seed) for arm, seed, _ in missing if arm.start)
-    earlier_runs = dict(run_before(seed, start == 'decayed') for start, seed in starts)
-    make_checkpoints(earlier_runs, jobs)
-    for start, seed in starts:
-        write_start(start, seed)
+    make_starts(starts)
     entries = results_of(wanted, FILE, made_of(solve), jobs, {}, scoring(solve))
     for flags, entry in zip(wanted, entries):
         seconds_of[made_of(solve), *flags] = entry['seconds']

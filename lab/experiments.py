@@ -11,7 +11,7 @@ class Arm(NamedTuple):
     """Runs that are alike but for seed and learning rate."""
     name: str
     flags: tuple = ()            # train.py's
-    start: str = ''              # the checkpoint to begin with, see write_start; '': none
+    start: str | tuple = ''      # where it begins, see run_before and write_start; '': at step 0
     guess: int = 0               # power of two, times the config's learning rate, to try first
     tuned: bool = True           # False: the guess stays
     also: tuple = ()             # names of other arms that it is compared with
@@ -55,16 +55,21 @@ def decay_optimizer(knobs):
 
 
 def switch_timing(knobs):
-    """Is the decay the time to go over to Muon, or would an earlier switch gain more?"""
+    """Is the decay the time to go over to Muon, or would an earlier switch gain more?
+
+    There is one stable phase by AdamW, extended from one switch to the next.
+    """
     stable, _ = knobs['phases']
-    arms = [Arm('AdamW throughout', ADAMW)]
-    for share in (1, 0.75, 0.5, 0.25, 0):
-        before = round(stable['steps'] * share)
-        after = stable['steps'] - before
-        switch = [f'--phases.stable.steps={before}', f'--phases.stable_muon.steps={after}']
+    switches = [round(stable['steps'] * share) for share in (0, 0.25, 0.5, 0.75, 1)]
+    arms = [Arm('AdamW throughout', ADAMW, tuple(switches[1:]))]
+    for n, before in reversed(list(enumerate(switches))):
+        flags = [f'--phases.stable.steps={before}',
+                 f'--phases.stable_muon.steps={stable["steps"] - before}']
         if not before:
-            switch.append(f'--phases.stable_muon.warmup={stable["warmup"]}')
-        arms.append(Arm(f'Muon from {share:.0%} of the stable phase on', tuple(switch)))
+            flags.append(f'--phases.stable_muon.warmup={stable["warmup"]}')
+        share = before / stable['steps']
+        arms.append(Arm(f'Muon from {share:.0%} of the stable phase on', tuple(flags),
+                        tuple(switches[1:n + 1])))
     return [Comparison('when to switch', arms)]
 
 
@@ -93,12 +98,18 @@ def sft_timing(knobs):
 TEXT = ('--sources={}', '--phases.decay.data={"stdlib": 1.0}')
 
 
-def of_length(knobs, times, share):
-    """Flags of a run of `times` the config's tokens, of which decay takes this share."""
+def lengths(knobs, times, share):
+    """(stable steps, decay steps) of `times` the config's tokens, of which decay has this share."""
     stable, decay = knobs['phases']
     total = times * (stable['steps'] + decay['steps'])
     n_decay = round(total * share)
-    return (f'--phases.stable.steps={round(total) - n_decay}', f'--phases.decay.steps={n_decay}')
+    return round(total) - n_decay, n_decay
+
+
+def of_length(knobs, times, share):
+    """Flags of a run of such lengths."""
+    n_stable, n_decay = lengths(knobs, times, share)
+    return (f'--phases.stable.steps={n_stable}', f'--phases.decay.steps={n_decay}')
 
 
 def cosine(knobs, times):
@@ -113,15 +124,23 @@ def cosine(knobs, times):
 
 def schedule(knobs):
     """Does a stable phase with a short decay reach what a cosine over all steps reaches? How short
-    may the decay be? AdamW and text alone."""
+    may the decay be? AdamW and text alone.
+
+    There is one stable phase, extended from one decay's onset to the next; a cosine is made anew
+    for each length.
+    """
+    shares_of = {1 / 2: (0.2,), 1: (0.05, 0.1, 0.2, 0.4), 2: (0.2,)}
+    onsets = sorted({lengths(knobs, times, share)[0]
+                     for times, shares in shares_of.items() for share in shares})
     comparisons = []
-    for times in (1, 2, 3):
+    for times, shares in shares_of.items():
         arms = [Arm('cosine', cosine(knobs, times))]
-        shares = (0.05, 0.1, 0.2, 0.4) if times == 1 else (0.2,)
         for share in shares:
-            own_flags = (*ADAMW, *TEXT, *of_length(knobs, times, share))
-            arms.append(Arm(f'WSD, decay {share:.0%}', own_flags))
-        comparisons.append(Comparison(f'{times} x the tokens', arms))
+            onset, _ = lengths(knobs, times, share)
+            flags = (*ADAMW, *TEXT, *of_length(knobs, times, share))
+            arms.append(Arm(f'WSD, decay {share:.0%}', flags,
+                            tuple(n for n in onsets if n <= onset)))
+        comparisons.append(Comparison(f'{times:g} x the tokens', arms))
     return comparisons
 
 

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, refused, run
 from scipy import stats
 
-from checkpoint import read_checkpoint
+from checkpoint import checkpoints, read_checkpoint
 from lab import ablate, ablate_page, plot, signatures, trials
 from lab.ablate import interval
 from lab.experiments import EXPERIMENTS, Arm, Comparison, cosine, of_length
@@ -47,7 +47,9 @@ def test_every_arm_is_one_that_train_takes():
             for arm in comparison.arms:
                 assert set(arm.also) <= set(names) - {arm.name}
                 flags = ablate.without_variant(arm.flags)
-                assert trials.train_knobs(*ablate.base_flags(), *flags)
+                stable = trials.train_knobs(*ablate.base_flags(), *flags)['phases'][0]
+                if isinstance(arm.start, tuple) and arm.start:
+                    assert (stable['name'], stable['steps']) == ('stable', arm.start[-1])
 
 
 def tokens_of(arm):
@@ -168,7 +170,7 @@ def test_a_stable_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(trials, 'run_script', run_here)
     knobs = ablate.base_knobs()
     trials.prepare_data_of(knobs)
-    folder, trial = ablate.run_before(1)
+    folder, trial = ablate.run_before('as it is', 1)
     assert run('train.py', *trial, '--checkpoint_interval=2', '--keep=9',
                cwd=tmp_path).returncode == 0
     for file in Path(folder).glob('step_*.pt'):
@@ -178,6 +180,18 @@ def test_a_stable_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
     assert trials.is_complete(folder) and Path(folder, 'step_6.pt').exists()
     monkeypatch.setattr(trials, 'run_script', None)              # it is not run again
     trials.make_checkpoints({folder: trial}, 1)
+
+
+def test_an_extended_stable_phase_goes_on_and_ends_as_one_made_at_once(monkeypatch):
+    monkeypatch.setattr(trials, 'run_script', run_here)
+    trials.prepare_data_of(ablate.base_knobs())
+    ablate.make_starts([((200, 300), 1), ((300,), 1)])
+    shorter, extended, at_once = (Path(ablate.start_folder(start, 1))
+                                  for start in ((200,), (200, 300), (300,)))
+    about = json.loads((extended / 'run.json').read_text())
+    assert about['first_step'] == 4 and checkpoints(shorter) == [shorter / 'step_4.pt']
+    weights = [read_checkpoint(folder)['model'] for folder in (extended, at_once)]
+    assert all(torch.equal(w, weights[1][name]) for name, w in weights[0].items())
 
 
 def test_shares_of_the_decay_and_the_end_of_the_cosine():
@@ -291,7 +305,7 @@ def test_a_checkpoint_that_is_gone_is_named(monkeypatch, capsys):
 def test_a_damaged_checkpoint_is_named(monkeypatch, capsys):
     knobs = ablate.base_knobs()
     trials.prepare_data_of(knobs)
-    folder = Path(ablate.run_before(1)[0])
+    folder = Path(ablate.run_before('as it is', 1)[0])
     folder.mkdir(parents=True)
     (folder / 'step_6.pt').write_bytes(b'cut off')
     monkeypatch.setattr(ablate, 'first_seed', 0)
