@@ -7,7 +7,6 @@ COLUMNS = {'text': 'loss of text', 'sums': 'loss of sums', 'both': 'loss of the 
            'solved': 'sums solved'}
 
 
-
 def markdown(result):
     """The page of a result: question, command, and a table for each comparison."""
     warning = 'Of --quick: the figures mean nothing. ' if result['quick'] else ''
