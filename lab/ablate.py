@@ -14,8 +14,8 @@
 An experiment (experiments.py) is a list of comparisons, and a comparison a list of arms: runs of
 config/ablation.py with other flags. The method is one for all.
 
-- Runs of one seed read the same data in the same order. What arms have in common is run once: they
-  start from one checkpoint, where the decay or the switch begins.
+- Runs of one seed read the same data in the same order. Where arms of an experiment have
+  their first steps in common, these are run once: the arms start from a checkpoint at their end.
 - Each arm has its own learning rate: a power of two times the config's, of which both neighbours
   are worse. It is found with a seed that is not used for the result; that another seed might choose
   another one is not in the intervals. (Some arms keep the config's: those of long_context, and what
@@ -163,8 +163,11 @@ def trial_flags(arm, seed, exponent, keep=False):
 
 
 def start_folder(start, seed):
-    run, _ = run_before(start, seed)
-    return f'{run}/{start.replace(" ", "-")}' if start in CHANGED else run
+    """The folder of the checkpoint with which an arm of this start begins."""
+    folder_before, _ = run_before(start, seed)
+    if start in CHANGED:
+        return f'{folder_before}/{start.replace(" ", "-")}'
+    return folder_before
 
 
 def write_start(start, seed):

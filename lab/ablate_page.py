@@ -2,7 +2,8 @@
 from lab import signatures
 
 LEGEND = ('± is half of the 95 % interval. Less the first: the mean of the differences, seed by '
-          'seed. lr x: the factor on the config\'s learning rates of matrices and gains.')
+          'seed. lr x: the factor on the config\'s learning rates of matrices and gains; where a '
+          'run starts from a checkpoint, on those after it.')
 COLUMNS = {'text': 'loss of text', 'sums': 'loss of sums', 'both': 'loss of the mixture',
            'solved': 'sums solved'}
 

@@ -1,7 +1,7 @@
 """The experiments of lab/ablate.py: which runs each of them compares.
 
-Each is a function of train.py's knobs as config/ablation.py has them. It returns its comparisons;
-its docstring is the question.
+Each is a function of train.py's knobs as config/ablation.py has them, without the phases that have
+no steps. It returns its comparisons; its docstring is the question.
 """
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ class Comparison(NamedTuple):
     probe: str = ''              # what to measure on the checkpoints, see measure_checkpoint
 
 
-# a decay by AdamW, from the stable phase's learning rate
+# a decay by AdamW, from the learning rate of the config's stable phase
 ADAMW = ('--phases.decay.optimizer=adamw', '--phases.decay.lr=(0, 0.5, 0.03125)')
 
 
@@ -60,16 +60,20 @@ def switch_timing(knobs):
     There is one stable phase by AdamW, extended from one switch to the next.
     """
     stable, _ = knobs['phases']
-    switches = [round(stable['steps'] * share) for share in (0, 0.25, 0.5, 0.75, 1)]
-    arms = [Arm('AdamW throughout', ADAMW, tuple(switches[1:]))]
-    for n, before in reversed(list(enumerate(switches))):
+    switches = {share: round(stable['steps'] * share) for share in (0, 0.25, 0.5, 0.75, 1)}
+
+    def start(share):
+        return tuple(n for n in switches.values() if 0 < n <= switches[share]) or ''
+
+    arms = [Arm('AdamW throughout', ADAMW, start(1))]
+    for share in reversed(switches):
+        before = switches[share]
         flags = [f'--phases.stable.steps={before}',
                  f'--phases.stable_muon.steps={stable["steps"] - before}']
         if not before:
             flags.append(f'--phases.stable_muon.warmup={stable["warmup"]}')
-        share = before / stable['steps']
         arms.append(Arm(f'Muon from {share:.0%} of the stable phase on', tuple(flags),
-                        tuple(switches[1:n + 1])))
+                        start(share)))
     return [Comparison('when to switch', arms)]
 
 
@@ -94,7 +98,7 @@ def sft_timing(knobs):
                                 arm('in the stable phase', n_sums, 0.0)])]
 
 
-# text alone; no data set is made, or compared with its source
+# text alone; without sources, no data set is made for it, or compared with its source
 TEXT = ('--sources={}', '--phases.decay.data={"stdlib": 1.0}')
 
 
@@ -106,18 +110,16 @@ def lengths(knobs, times, share):
     return round(total) - n_decay, n_decay
 
 
-def of_length(knobs, times, share):
-    """Flags of a run of such lengths."""
-    n_stable, n_decay = lengths(knobs, times, share)
+def of_lengths(n_stable, n_decay):
+    """Flags of a run with these steps."""
     return (f'--phases.stable.steps={n_stable}', f'--phases.decay.steps={n_decay}')
 
 
 def cosine(knobs, times):
     """Flags of a run of one phase, a cosine after the warmup, with `times` the config's tokens."""
-    stable, decay = knobs['phases']
-    total = round(times * (stable['steps'] + decay['steps']))
-    peak = stable['lr'][1]
-    return (*TEXT, '--phases.decay.steps=0', f'--phases.stable.steps={total}',
+    n_steps = sum(lengths(knobs, times, 0))
+    peak = knobs['phases'][0]['lr'][1]
+    return (*TEXT, '--phases.decay.steps=0', f'--phases.stable.steps={n_steps}',
             '--phases.stable.decay=cosine', f'--phases.stable.lr=(0, {peak}, {peak / 16!r})',
             '--phases.stable.embedding_lr=(0, 1, 0.0625)')
 
@@ -136,10 +138,12 @@ def schedule(knobs):
     for times, shares in shares_of.items():
         arms = [Arm('cosine', cosine(knobs, times))]
         for share in shares:
-            onset, _ = lengths(knobs, times, share)
-            flags = (*ADAMW, *TEXT, *of_length(knobs, times, share))
-            arms.append(Arm(f'WSD, decay {share:.0%}', flags,
-                            tuple(n for n in onsets if n <= onset)))
+            steps_of_both = lengths(knobs, times, share)
+            start = tuple(n for n in onsets if n <= steps_of_both[0])
+            shorter_decay = tuple(arm.name for arm in arms[1:][-1:])
+            arms.append(Arm(f'WSD, decay {share:.0%}',
+                            (*ADAMW, *TEXT, *of_lengths(*steps_of_both)), start,
+                            also=shorter_decay))
         comparisons.append(Comparison(f'{times:g} x the tokens', arms))
     return comparisons
 
@@ -199,7 +203,7 @@ def recipe(knobs):
     parametrisation, AdamW, cosine? Text alone."""
     arms = [Arm("nanoGPT's recipe", ('--mup_rules=sp', *cosine(knobs, 1)), guess=-2)]
     arms += [Arm(f'this recipe, {share:.0%} of the tokens',
-                 (*TEXT, *of_length(knobs, share, 0.4)))
+                 (*TEXT, *of_lengths(*lengths(knobs, share, 0.4))))
              for share in (1, 0.8, 0.6, 0.4)]
     return [Comparison('text', arms)]
 

@@ -12,7 +12,7 @@ from scipy import stats
 from checkpoint import checkpoints, read_checkpoint
 from lab import ablate, ablate_page, plot, signatures, trials
 from lab.ablate import interval
-from lab.experiments import EXPERIMENTS, Arm, Comparison, cosine, of_length
+from lab.experiments import EXPERIMENTS, Arm, Comparison, cosine, lengths, of_lengths
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def test_every_arm_is_one_that_train_takes():
                 assert set(arm.also) <= set(names) - {arm.name}
                 flags = ablate.without_variant(arm.flags)
                 stable = trials.train_knobs(*ablate.base_flags(), *flags)['phases'][0]
-                if isinstance(arm.start, tuple) and arm.start:
+                if isinstance(arm.start, tuple):
                     assert (stable['name'], stable['steps']) == ('stable', arm.start[-1])
 
 
@@ -62,7 +62,7 @@ def tokens_of(arm):
     return {name: n for name, n in read.items() if n}
 
 
-@pytest.mark.parametrize('name', ['decay_optimizer', 'switch_timing', 'sft_timing'])
+@pytest.mark.parametrize('name', ['decay_optimizer', 'switch_timing', 'sft_timing', 'schedule'])
 def test_arms_read_equally_much(name):
     for comparison in EXPERIMENTS[name](ablate.base_knobs()):
         first = tokens_of(comparison.arms[0])
@@ -197,7 +197,7 @@ def test_an_extended_stable_phase_goes_on_and_ends_as_one_made_at_once(monkeypat
 def test_shares_of_the_decay_and_the_end_of_the_cosine():
     def phases(flags):
         return trials.train_knobs(*ablate.base_flags(), *flags)['phases']
-    stable, decay = phases(of_length(ablate.base_knobs(), 2, 0.2))
+    stable, decay = phases(of_lengths(*lengths(ablate.base_knobs(), 2, 0.2)))
     assert decay['steps'] / (stable['steps'] + decay['steps']) == 0.2
     assert stable['steps'] + decay['steps'] == 2 * sum(p['steps'] for p in phases(()))
     (whole,) = phases(cosine(ablate.base_knobs(), 2))
