@@ -286,7 +286,8 @@ def draw_differences(panel, key, arms, tables):
         panel.errorbar(np.arange(len(tables)) + beside, mean, half, color=COLOURS[i % 7],
                        marker=MARKERS[i % 5], markersize=5, linewidth=1, capsize=3, label=arm)
     panel.axhline(0, color='black', linewidth=0.8)
-    panel.set_xticks(range(len(tables)), tables, fontsize=8)
+    names = [textwrap.fill(name, 14) for name in tables]
+    panel.set_xticks(range(len(tables)), names, fontsize=8)
     panel.set_xlim(-0.5, len(tables) - 0.5)
     panel.grid(axis='y', alpha=0.25)
 
