@@ -14,8 +14,8 @@
 An experiment (experiments.py) is a list of comparisons, and a comparison a list of arms: runs of
 config/ablation.py with other flags. The method is one for all.
 
-- Runs of one seed read the same data in the same order. Where arms of an experiment have
-  their first steps in common, these are run once: the arms start from a checkpoint at their end.
+- Runs of one seed read the same data in the same order. Where arms of an experiment have their
+  first steps in common, these are run once: the arms start from a checkpoint at the end of them.
 - Each arm has its own learning rate: a power of two times the config's, of which both neighbours
   are worse. It is found with a seed that is not used for the result; that another seed might choose
   another one is not in the intervals. (Some arms keep the config's: those of long_context, and what
@@ -87,7 +87,7 @@ QUICK = ('--data_dir=data/ablation-quick', '--sources.stdlib=stdlib --max_mb=0.3
          '--n_embd=64', '--n_ffn=160', '--steps_scale=0.02', '--compile=False')
 FILE = Path('out/ablate/trials.jsonl')
 RESULTS = 'results/ablations'
-CHANGED = ('fresh', 'embedding kept')     # starts from a checkpoint of which something is dropped
+STATE_DROPPED = ('fresh', 'embedding kept')     # starts without some of the optimizer's state
 PROBE_CODE = Path(probe.__file__).read_text()
 seconds_of = {}               # a core's, of each run that the result needs
 
@@ -165,7 +165,7 @@ def trial_flags(arm, seed, exponent, keep=False):
 def start_folder(start, seed):
     """The folder of the checkpoint with which an arm of this start begins."""
     folder_before, _ = run_before(start, seed)
-    if start in CHANGED:
+    if start in STATE_DROPPED:
         return f'{folder_before}/{start.replace(" ", "-")}'
     return folder_before
 
@@ -177,7 +177,7 @@ def write_start(start, seed):
     stay with AdamW, keep theirs.
     """
     target = Path(start_folder(start, seed))
-    if start not in CHANGED or checkpoints(target):
+    if start not in STATE_DROPPED or checkpoints(target):
         return
     checkpoint = read_checkpoint(run_before(start, seed)[0])
     state = checkpoint['optimizer_state']

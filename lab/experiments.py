@@ -102,7 +102,7 @@ def sft_timing(knobs):
 TEXT = ('--sources={}', '--phases.decay.data={"stdlib": 1.0}')
 
 
-def lengths(knobs, times, share):
+def phase_steps(knobs, times, share):
     """(stable steps, decay steps) of `times` the config's tokens, of which decay has this share."""
     stable, decay = knobs['phases']
     total = times * (stable['steps'] + decay['steps'])
@@ -110,14 +110,14 @@ def lengths(knobs, times, share):
     return round(total) - n_decay, n_decay
 
 
-def of_lengths(n_stable, n_decay):
+def phase_flags(n_stable, n_decay):
     """Flags of a run with these steps."""
     return (f'--phases.stable.steps={n_stable}', f'--phases.decay.steps={n_decay}')
 
 
 def cosine(knobs, times):
     """Flags of a run of one phase, a cosine after the warmup, with `times` the config's tokens."""
-    n_steps = sum(lengths(knobs, times, 0))
+    n_steps = sum(phase_steps(knobs, times, 0))
     peak = knobs['phases'][0]['lr'][1]
     return (*TEXT, '--phases.decay.steps=0', f'--phases.stable.steps={n_steps}',
             '--phases.stable.decay=cosine', f'--phases.stable.lr=(0, {peak}, {peak / 16!r})',
@@ -132,18 +132,17 @@ def schedule(knobs):
     for each length.
     """
     shares_of = {1 / 2: (0.2,), 1: (0.05, 0.1, 0.2, 0.4), 2: (0.2,)}
-    onsets = sorted({lengths(knobs, times, share)[0]
+    onsets = sorted({phase_steps(knobs, times, share)[0]
                      for times, shares in shares_of.items() for share in shares})
     comparisons = []
     for times, shares in shares_of.items():
         arms = [Arm('cosine', cosine(knobs, times))]
         for share in shares:
-            steps_of_both = lengths(knobs, times, share)
-            start = tuple(n for n in onsets if n <= steps_of_both[0])
-            shorter_decay = tuple(arm.name for arm in arms[1:][-1:])
-            arms.append(Arm(f'WSD, decay {share:.0%}',
-                            (*ADAMW, *TEXT, *of_lengths(*steps_of_both)), start,
-                            also=shorter_decay))
+            n_stable, n_decay = phase_steps(knobs, times, share)
+            flags = (*ADAMW, *TEXT, *phase_flags(n_stable, n_decay))
+            start = tuple(n for n in onsets if n <= n_stable)
+            shorter_decay = tuple(arm.name for arm in arms[1:][-1:])    # the first is the cosine
+            arms.append(Arm(f'WSD, decay {share:.0%}', flags, start, also=shorter_decay))
         comparisons.append(Comparison(f'{times:g} x the tokens', arms))
     return comparisons
 
@@ -203,7 +202,7 @@ def recipe(knobs):
     parametrisation, AdamW, cosine? Text alone."""
     arms = [Arm("nanoGPT's recipe", ('--mup_rules=sp', *cosine(knobs, 1)), guess=-2)]
     arms += [Arm(f'this recipe, {share:.0%} of the tokens',
-                 (*TEXT, *of_lengths(*lengths(knobs, share, 0.4))))
+                 (*TEXT, *phase_flags(*phase_steps(knobs, share, 0.4))))
              for share in (1, 0.8, 0.6, 0.4)]
     return [Comparison('text', arms)]
 

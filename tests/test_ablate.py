@@ -12,7 +12,7 @@ from scipy import stats
 from checkpoint import checkpoints, read_checkpoint
 from lab import ablate, ablate_page, plot, signatures, trials
 from lab.ablate import interval
-from lab.experiments import EXPERIMENTS, Arm, Comparison, cosine, lengths, of_lengths
+from lab.experiments import EXPERIMENTS, Arm, Comparison, cosine, phase_flags, phase_steps
 
 
 @pytest.fixture(autouse=True)
@@ -197,7 +197,7 @@ def test_an_extended_stable_phase_goes_on_and_ends_as_one_made_at_once(monkeypat
 def test_shares_of_the_decay_and_the_end_of_the_cosine():
     def phases(flags):
         return trials.train_knobs(*ablate.base_flags(), *flags)['phases']
-    stable, decay = phases(of_lengths(*lengths(ablate.base_knobs(), 2, 0.2)))
+    stable, decay = phases(phase_flags(*phase_steps(ablate.base_knobs(), 2, 0.2)))
     assert decay['steps'] / (stable['steps'] + decay['steps']) == 0.2
     assert stable['steps'] + decay['steps'] == 2 * sum(p['steps'] for p in phases(()))
     (whole,) = phases(cosine(ablate.base_knobs(), 2))
