@@ -10,7 +10,7 @@ from conftest import ROOT, refused, run
 from scipy import stats
 
 from checkpoint import checkpoints, read_checkpoint
-from lab import ablate, ablate_page, plot, signatures, trials
+from lab import ablate, ablate_page, plot, probe, signatures, trials
 from lab.ablate import interval
 from lab.experiments import EXPERIMENTS, Arm, Comparison, cosine, phase_flags, phase_steps
 
@@ -22,6 +22,8 @@ def fresh(tmp_path, monkeypatch):
                        'folder': ablate.RESULTS,
                        'FILE': tmp_path / 'out/ablate/trials.jsonl'}.items():
         monkeypatch.setattr(ablate, key, value)
+    for key in ('WINDOWS', 'PROBLEMS', 'ITERATIONS'):            # --quick lowers them: set back
+        monkeypatch.setattr(probe, key, getattr(probe, key))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ablate, 'CONFIG', str(ROOT / 'config/ablation.py'))
     ablate.base_knobs.cache_clear()
