@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 
 KNOB_TYPES = (bool, int, float, str, list, dict, tuple)
-PATH_KNOB = r'.*_dir|.*_path|.*_from|reference|checkpoint|batch|source|target|out|png'
+PATH_KNOB = r'.*_dir|.*_path|.*_from|folder|reference|checkpoint|batch|source|target|out|png'
 CHOICE = r"(?:'[^']*'|True|False|-?\d+(?:\.\d+)?)"
 
 

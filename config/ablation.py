@@ -1,6 +1,8 @@
-"""A model of 5M parameters, the proxy's width, for lab/ablate.py, which says what its arms change.
+"""A model of 5M parameters, the proxy's width, for lab/ablate.py.
 
     python -m lab.ablate decay_optimizer
+
+What each arm changes is in lab/experiments.py.
 
 Text and sums as in the proxy. 1M tokens, of which decay takes 40 %: minutes on one CPU core. Two
 phases have no steps but in runs that go over to Muon before the decay, or on to long texts.

@@ -16,22 +16,22 @@ config/ablation.py with other flags. The method is one for all.
 
 - Runs of one seed read the same data in the same order. Where arms of an experiment have their
   first steps in common, these are run once: the arms start from a checkpoint at the end of them.
-- Each arm has its own learning rate: a power of two times the config's, of which both neighbours
-  are worse. It is found with a seed that is not used for the result; that another seed might choose
-  another one is not in the intervals. (Some arms keep the config's: those of long_context, and what
-  only reads a checkpoint.) The factor is that of matrices and gains: the embedding's rate stays,
-  but in nanoGPT's recipe, which has one rate for all. Where arms start from a checkpoint, it is
-  that of what comes after it.
+- Each arm's learning rate is tuned in powers of two times the config's, until both neighbours are
+  worse, with a seed that the result does not use. The intervals do not include the choice of that
+  seed. Where arms start from a checkpoint, only the rate after it is tuned. (The arms of
+  long_context keep the config's rate.) The factor is that of matrices and gains. The embedding's
+  rate stays, but in nanoGPT's recipe, which has one rate for all.
 - The result has `seeds` seeds. Each arm is compared with the first one seed by seed: the mean of
   the differences, and its 95 % interval by Student's t. An interval about 0 says that this size
   cannot show a difference, or only one that is larger than the interval.
 
-Measured are the losses of held-out text and held-out sums, in nats, that of the decay's mixture of
-them, which the search goes by, and the share of held-out sums that greedy decoding solves; some
-experiments measure more on the checkpoints (probe.py). A trial, which is one run, is not run again
-once it has its line in out/ablate/trials.jsonl, unless code or text have changed: the same command
-goes on where it was stopped. What was measured is in results/ablations/NAME.json, and as a table in
-NAME.md.
+Measured are the losses of held-out text and held-out sums, in nats, and that of the decay's mixture
+of them, which tuning goes by. Greedy decoding solves held-out sums: the share that is right is
+measured as well. Some experiments measure more on the checkpoints (probe.py).
+
+A trial is one run. Once it has its line in out/ablate/trials.jsonl it is not run again, unless
+code, text or --problems have changed: the same command goes on where it was stopped. What was
+measured is in results/ablations/NAME.json, and as a table in NAME.md.
 """
 import copy
 import functools
@@ -44,7 +44,9 @@ import statistics
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from checkpoint import (
@@ -58,7 +60,7 @@ from checkpoint import (
 from configurator import check_range, configure, fail
 from lab import probe, signatures
 from lab.ablate_page import markdown
-from lab.experiments import EXPERIMENTS, recall_file
+from lab.experiments import EXPERIMENTS, RECIPE_BUDGETS, recall_file
 from lab.trials import (
     check_flags,
     hash_of,
@@ -70,7 +72,7 @@ from lab.trials import (
 )
 from model import Xmodel
 from processes import ending_in_one_line
-from start import complete_phases, model_config
+from start import check_knobs, complete_phases, model_config
 
 command = ''                  # an experiment, see above
 quick = False                 # tiny runs of two seeds, one comparison, no search for learning rates
@@ -84,7 +86,9 @@ folder = ''                   # of the results; '': results/ablations, of --quic
 CONFIG = 'config/ablation.py'
 QUICK = ('--data_dir=data/ablation-quick', '--sources.stdlib=stdlib --max_mb=0.3',
          '--sources.arith=arith --num_docs=1000', '--vocab_size=512', '--n_layer=1', '--n_head=1',
-         '--n_embd=64', '--n_ffn=160', '--steps_scale=0.02', '--compile=False')
+         '--n_embd=64', '--n_ffn=160', '--steps_scale=0.02', '--compile=False',
+         '--phases.stable.batch=4', '--phases.stable_muon.batch=4', '--phases.decay.batch=4',
+         '--eval_rows=8')
 FILE = Path('out/ablate/trials.jsonl')
 RESULTS = 'results/ablations'
 STATE_DROPPED = ('fresh', 'embedding kept')     # starts without some of the optimizer's state
@@ -103,6 +107,23 @@ def interval(values):
     """(mean, standard error, half of the 95 % interval of the mean) of 2 to 10 numbers."""
     error = statistics.stdev(values) / math.sqrt(len(values))
     return statistics.fmean(values), error, T_975[len(values) - 2] * error
+
+
+def share_of_tokens(runs_of_nanogpt, *runs_of_budgets):
+    """Interval of the share of tokens with which this recipe has the loss of nanoGPT's.
+
+    Seed by seed, on straight lines between RECIPE_BUDGETS. None where a budget does not lose less
+    than the next smaller one, or the loss is not between those of the largest and the smallest.
+    """
+    shares = []
+    for nanogpt, *ours in zip(runs_of_nanogpt, *runs_of_budgets):
+        if None in (nanogpt, *ours):
+            return None
+        target, *losses = (found['text'] for found in (nanogpt, *ours))
+        if losses != sorted(losses) or not losses[0] <= target <= losses[-1]:
+            return None
+        shares.append(float(np.interp(target, losses, RECIPE_BUDGETS)))
+    return interval(shares)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -162,6 +183,11 @@ def trial_flags(arm, seed, exponent, keep=False):
     return in_own_folder('run', trial)[1] if keep else trial
 
 
+def run_folder(arm, seed, exponent):
+    """The folder of a run whose checkpoints stay."""
+    return in_own_folder('run', trial_flags(arm, seed, exponent))[0]
+
+
 def start_folder(start, seed):
     """The folder of the checkpoint with which an arm of this start begins."""
     folder_before, _ = run_before(start, seed)
@@ -219,19 +245,21 @@ def run(points, solve=True, keep=False):
     entries = results_of(wanted, FILE, made_of(solve), jobs, {}, scoring(solve))
     for flags, entry in zip(wanted, entries):
         seconds_of[made_of(solve), *flags] = entry['seconds']
+    if keep:                                                     # a checkpoint may be gone since
+        finished = [point for point, entry in zip(points, entries) if entry['status'] == 'ok']
+        gone = [point for point in finished if not checkpoints(run_folder(*point))]
+        make_starts([(arm.start, seed) for arm, seed, _ in gone if arm.start])
+        make_checkpoints(dict(in_own_folder('run', trial_flags(*point)) for point in gone), jobs)
     return dict(zip(points, entries))
 
 
 def measure_checkpoint(kind, point, first):
-    """{measure: number} of the checkpoint that a point's run has kept; of `first` as well.
+    """{measure: number} of a point's last checkpoint; 'landscape' compares it with that of `first`.
 
     kind: 'length', 'steps' or 'landscape', a function of probe.py. What was measured is kept beside
     the checkpoint.
     """
-    folder, other = (Path(in_own_folder('run', trial_flags(*each))[0]) for each in (point, first))
-    if not checkpoints(folder):
-        fail(f'{folder} has no checkpoint any more, of a run that is in {FILE}: without that file '
-             'all runs are made anew')
+    folder, other = (Path(run_folder(*each)) for each in (point, first))
     sha = hashlib.sha256(repr([PROBE_CODE, other.name]).encode()).hexdigest()[:8]
     file = folder / f'{kind}-{sha}.json'
     if not file.exists():
@@ -321,8 +349,8 @@ def compare(comparison):
         row = table[arm.name]
         if None not in row['runs']:
             row['mean'] = {key: interval(values) for key, values in by_measure(row['runs']).items()}
-        if difference := less(row, table[first.name]):
-            row['difference'] = difference
+        if arm != first:
+            row['difference'] = less(row, table[first.name])
         row['also'] = {name: less(row, table[name]) for name in arm.also}
     return table
 
@@ -397,8 +425,9 @@ def main():
         check_flags(flags)
         knobs = base_knobs()
         model_config(knobs)
+        check_knobs(SimpleNamespace(**knobs), 1)
         if [phase['name'] for phase in knobs['phases']] != ['stable', 'decay']:
-            raise ValueError('the phases stable and decay should keep their steps')
+            raise ValueError('stable and decay should have steps, and no other phase')
     except ValueError as e:
         fail(f'flags={flags!r}: {e}')
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -417,6 +446,9 @@ def main():
         tables = compare_all(experiment(knobs))
         result |= {'kind': 'ablation', 'question': question_of(experiment), 'comparisons': tables,
                    'runs': len(seconds_of), 'hours': sum(seconds_of.values()) / 3600}
+        if command == 'recipe':
+            runs_of = [row['runs'] for row in tables['text'].values()]
+            result['share_of_tokens'] = share_of_tokens(*runs_of)
     result['made_of'] = made_of()
     page, as_json = markdown(result), to_json(result, indent=1)
     replace_file(Path(folder, f'{command}.json'), lambda f: f.write(as_json.encode()))

@@ -1,5 +1,5 @@
 """The page of an experiment of lab/ablate.py: its result, a dict as in NAME.json, as tables."""
-from lab import signatures
+import statistics
 
 LEGEND = ('± is half of the 95 % interval. Less the first: the mean of the differences, seed by '
           'seed. lr x: the factor on the config\'s learning rates of matrices and gains; where a '
@@ -15,12 +15,14 @@ def markdown(result):
              f'{result["model"]}.', '']
     if result['kind'] == 'signatures':
         return '\n'.join([*lines, f'{warning}{result["seeds"]} seeds.', '',
-                          *signatures.table(result['signs']), ''])
+                          *table_of_signs(result['signs']), ''])
     cost = (f'{result["runs"]} runs, {result["hours"]:.2g} hours of a core, with the search of '
             'learning rates, without the checkpoints that runs start from')
     lines += [f'{warning}{result["seeds"]} seeds; {cost}.', LEGEND, '']
     for name, table in result['comparisons'].items():
         lines += [f'## {name}', '', *table_of_arms(table), '', *table_of_probes(table)]
+    if share := result.get('share_of_tokens'):
+        lines += [f'Ours reaches the first loss with {show("solved", *share)} of the tokens.', '']
     return '\n'.join(lines)
 
 
@@ -33,14 +35,12 @@ def table_of_arms(table):
     head = ['arm', 'lr x', *(COLUMNS[key] for key in keys),
             *(f'{COLUMNS[key]}, less the first' for key in keys)]
     lines = [line_of(*head), f'|{" --- |" * len(head)}']
-    first = next(iter(table))
     for arm, row in table.items():
         diverged = row['runs'].count(None)
         of_all = f' ({diverged} of {len(row["runs"])} runs diverged)' if diverged else ''
-        difference = {} if arm == first else row.get('difference', {})
         lines.append(line_of(arm + of_all, f'{2.0**row["exponent"]:g}',
                              *cells(keys, row.get('mean', {}), show),
-                             *cells(keys, difference, show_difference)))
+                             *cells(keys, row.get('difference', {}), show_difference)))
         for other, difference in row.get('also', {}).items():
             lines.append(line_of(f'the same, less {other}', '', *cells(keys, {}, show),
                                  *cells(keys, difference, show_difference)))
@@ -64,12 +64,25 @@ def table_of_probes(table):
     lines = [line_of('on the checkpoints', *table), f'|{" --- |" * (1 + len(table))}']
     for key in keys:
         of_arms = []
-        for i, row in enumerate(table.values()):
+        for row in table.values():
             (cell,) = cells([key], row.get('mean', {}), show)
             (difference,) = cells([key], row.get('difference', {}), show_difference)
-            of_arms.append(f'{cell} ({difference})' if i > 0 and difference else cell)
+            of_arms.append(f'{cell} ({difference})' if difference else cell)
         lines.append(line_of(key, *of_arms))
     return [*lines, '']
+
+
+def table_of_signs(signs):
+    """Lines of a table of the signs of failure, rows of signatures.provoke."""
+    head = ('sign', 'look at', 'provoked by', 'said so', 'steps later, median', 'the log says',
+            'without it, said anything')
+    lines = [line_of(*head), f'|{" --- |" * len(head)}']
+    for row in signs:
+        later = f'{statistics.median(row["steps_later"]):g}' if row['seen'] else ''
+        lines.append(line_of(row['sign'], row['look_at'], row['provoked_by'],
+                             f'{row["seen"]} of {row["seeds"]} runs', later, row['says'],
+                             f'{len(row["calm"])} of {row["seeds"]} runs'))
+    return lines
 
 
 def line_of(*texts):

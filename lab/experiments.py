@@ -8,10 +8,19 @@ from typing import NamedTuple
 
 
 class Arm(NamedTuple):
-    """Runs that are alike but for seed and learning rate."""
+    """Runs that are alike but for seed and learning rate.
+
+    start: where they begin.
+        ''                at step 0
+        'stable'          at the end of the stable phase
+        'fresh'           there, without the optimizer's state
+        'embedding kept'  there, with AdamW's state of embedding and gains alone
+        'decayed'         at the end of the decay
+        (75, 150)         at the end of a stable phase of 75 steps that was extended to 150
+    """
     name: str
     flags: tuple = ()            # train.py's
-    start: str | tuple = ''      # where it begins, see run_before and write_start; '': at step 0
+    start: str | tuple = ''
     guess: int = 0               # power of two, times the config's learning rate, to try first
     tuned: bool = True           # False: the guess stays
     also: tuple = ()             # names of other arms that it is compared with
@@ -29,13 +38,12 @@ ADAMW = ('--phases.decay.optimizer=adamw', '--phases.decay.lr=(0, 0.5, 0.03125)'
 
 
 def decay_arms(knobs, times=1):
-    """(AdamW, Muon), as the phases say, with decays of `times` the config's batch size and as many
-    tokens."""
+    """(AdamW, Muon): decays of `times` the config's batch size, and as many tokens."""
     _, decay = knobs['phases']
     sizes = (f'--phases.decay.batch={round(decay["batch"] * times)}',
              f'--phases.decay.steps={round(decay["steps"] / times)}')
-    return (Arm('AdamW', (*sizes, *ADAMW), 'as it is'),
-            Arm('Muon, fresh state', sizes, 'as it is'))
+    return (Arm('AdamW', (*sizes, *ADAMW), 'stable'),
+            Arm('Muon, fresh state', sizes, 'stable'))
 
 
 def decay_optimizer(knobs):
@@ -98,7 +106,7 @@ def sft_timing(knobs):
                                 arm('in the stable phase', n_sums, 0.0)])]
 
 
-# text alone; without sources, no data set is made for it, or compared with its source
+# text alone; train.py refuses a source that no phase reads, and the data set is there already
 TEXT = ('--sources={}', '--phases.decay.data={"stdlib": 1.0}')
 
 
@@ -117,7 +125,7 @@ def phase_flags(n_stable, n_decay):
 
 def cosine(knobs, times):
     """Flags of a run of one phase, a cosine after the warmup, with `times` the config's tokens."""
-    n_steps = sum(phase_steps(knobs, times, 0))
+    n_steps, _ = phase_steps(knobs, times, 0)
     peak = knobs['phases'][0]['lr'][1]
     return (*TEXT, '--phases.decay.steps=0', f'--phases.stable.steps={n_steps}',
             '--phases.stable.decay=cosine', f'--phases.stable.lr=(0, {peak}, {peak / 16!r})',
@@ -141,10 +149,16 @@ def schedule(knobs):
             n_stable, n_decay = phase_steps(knobs, times, share)
             flags = (*ADAMW, *TEXT, *phase_flags(n_stable, n_decay))
             start = tuple(n for n in onsets if n <= n_stable)
-            shorter_decay = tuple(arm.name for arm in arms[1:][-1:])    # the first is the cosine
+            shorter_decay = (arms[-1].name,) if len(arms) > 1 else ()   # the first is the cosine
             arms.append(Arm(f'WSD, decay {share:.0%}', flags, start, also=shorter_decay))
         comparisons.append(Comparison(f'{times:g} x the tokens', arms))
     return comparisons
+
+
+def no_steps(phase):
+    """Flags of a run that ends where it began, as train.py has none: one step at rate 0."""
+    return (f'--phases.{phase}.steps=1', f'--phases.{phase}.lr=(0, 0, 0)',
+            f'--phases.{phase}.embedding_lr=(0, 0, 0)')
 
 
 def long_context(knobs):
@@ -157,7 +171,8 @@ def long_context(knobs):
     def arm(name, T, batch, mixture, *more, also=()):
         return Arm(name, (f'--sources.recall={recall_file(knobs)}', f'--phases.long.steps={steps}',
                           f'--phases.long.block_size={T}', f'--phases.long.batch={batch}',
-                          f'--phases.long.data={mixture}', *more), 'decayed', 0, False, also)
+                          f'--phases.long.data={mixture}', *more),
+                   'decayed', tuned=False, also=also)
 
     keys = {'recall': 0.34, 'arith': 0.33, 'stdlib': 0.33}
     # a source that no phase reads is refused, so its weight is 0
@@ -165,8 +180,7 @@ def long_context(knobs):
     text = {'recall': 0.0, 'stdlib': 1.0}
     short, short_batch = decay['block_size'], decay['batch']
     return [Comparison('the long phase', [
-        arm('no more steps', T, batch, keys, '--phases.long.steps=1', '--phases.long.warmup=0',
-            '--phases.long.lr=(0, 0, 0)', '--phases.long.embedding_lr=(0, 0, 0)'),
+        arm('no more steps', T, batch, keys, '--phases.long.warmup=0', *no_steps('long')),
         arm('long', T, batch, keys),
         arm('short, most keys cut off', short, short_batch, keys, also=('long',)),
         arm('long, without keys', T, batch, no_keys, also=('long',)),
@@ -185,25 +199,28 @@ def why_muon(knobs):
     alone = [muon._replace(name=f'Muon for {part} alone',
                            flags=(*muon.flags, f'--variant=muon_for_{part}'))
              for part in ('attention', 'ffn')]
+    alone[1] = alone[1]._replace(also=(alone[0].name,))
     return [Comparison('ends of the decay', [adamw, muon, *alone], 'landscape')]
 
 
 def steps(knobs):
     """Trained on sums of 1 to 3 steps, which of 1 to 6 are solved, before and after the decay?"""
     adamw, muon = decay_arms(knobs)
-    nothing = ('--phases.decay.steps=1', '--phases.decay.lr=(0, 0, 0)',
-               '--phases.decay.embedding_lr=(0, 0, 0)')
-    before = Arm('before the decay, no sums read yet', nothing, 'as it is', tuned=False)
+    before = Arm('before the decay, no sums read yet', no_steps('decay'), 'stable', tuned=False)
     return [Comparison('sums of more steps', [adamw, muon, before], 'steps')]
+
+
+RECIPE_BUDGETS = (1, 0.8, 0.6, 0.4)                              # of the tokens
 
 
 def recipe(knobs):
     """How many of the tokens does this recipe need to reach the loss of nanoGPT's: standard
     parametrisation, AdamW, cosine? Text alone."""
+    share_of_decay = 0.4
     arms = [Arm("nanoGPT's recipe", ('--mup_rules=sp', *cosine(knobs, 1)), guess=-2)]
-    arms += [Arm(f'this recipe, {share:.0%} of the tokens',
-                 (*TEXT, *phase_flags(*phase_steps(knobs, share, 0.4))))
-             for share in (1, 0.8, 0.6, 0.4)]
+    arms += [Arm(f'this recipe, {times:.0%} of the tokens',
+                 (*TEXT, *phase_flags(*phase_steps(knobs, times, share_of_decay))))
+             for times in RECIPE_BUDGETS]
     return [Comparison('text', arms)]
 
 

@@ -32,7 +32,8 @@ from train import lr_at
 png = ''                      # file to write; '': a name by its kind, in the first one's folder
 
 # Okabe and Ito's colours, which the colour-blind tell apart, without the yellow that paper swallows
-COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000',
+           '#8C510A')
 MARKERS = 'osD^v'
 HIGHLIGHT = '#D55E00'
 
@@ -126,7 +127,7 @@ def plot_loss(runs, png, default):
         tokens, loss, lr = (np.array([entry[key] for entry in log])
                             for key in ('tokens', 'loss', 'lr'))
         prefix = f'{name_of_run}: ' if several else ''
-        colour = COLOURS[i % 7]
+        colour = COLOURS[i % len(COLOURS)]
         top.plot(tokens, loss, color=colour, alpha=0.25, linewidth=0.6)
         top.plot(tokens, smooth(loss), color=colour, label=f'{prefix}training')
         bottom.plot(tokens, lr, color=colour)
@@ -136,7 +137,7 @@ def plot_loss(runs, png, default):
             panels[1].plot(first_tokens, losses - first_losses, '.-', color=colour, linewidth=1)
         for k, (name, points) in enumerate(validations_by_set(log).items()):
             top.plot(*zip(*points), MARKERS[k % 5] + '--', markersize=4, linewidth=1,
-                     color=colour if several else COLOURS[(k + 1) % 7],
+                     color=colour if several else COLOURS[(k + 1) % len(COLOURS)],
                      label=f'{prefix}validation, {name}')
 
     draw_phases(panels, logs[0], last_token)
@@ -283,7 +284,7 @@ def draw_differences(panel, key, arms, tables):
                  for table in tables.values()]
         mean, _, half = np.transpose(found) * (100 if is_share(key) else 1)
         beside = (i - (len(arms) + 1) / 2) * 0.1                 # so that none hides another
-        panel.errorbar(np.arange(len(tables)) + beside, mean, half, color=COLOURS[i % 7],
+        panel.errorbar(np.arange(len(tables)) + beside, mean, half, color=COLOURS[i % len(COLOURS)],
                        marker=MARKERS[i % 5], markersize=5, linewidth=1, capsize=3, label=arm)
     panel.axhline(0, color='black', linewidth=0.8)
     names = [textwrap.fill(name, 14) for name in tables]
@@ -302,7 +303,8 @@ def plot_ablation(result, png, default):
                                        figsize=(1 + 4 * max(1, len(keys)), 3.5 * len(rows)),
                                        layout='constrained')
     for (first, tables), line in zip(rows.items(), panels):
-        arms = list(dict.fromkeys(arm for table in tables.values() for arm in table))
+        longest_first = sorted(tables.values(), key=len, reverse=True)
+        arms = list(dict.fromkeys(arm for table in longest_first for arm in table))
         for key, panel in zip(keys, line):
             draw_differences(panel, key, arms[1:], tables)
             points = ' (points)' if is_share(key) else ''
@@ -322,10 +324,12 @@ def plot_measures(table, png, default):
         panel.axis('off')
     for key, panel in zip(keys, panels.flat):
         for i, (arm, row) in enumerate(table.items()):
-            mean, _, half = row.get('mean', {}).get(key, [math.nan] * 3)
-            panel.errorbar([i], [mean], [half], color=COLOURS[i % 7], marker=MARKERS[i % 5],
-                           markersize=5, capsize=3, label=arm)
-        panel.set_title(textwrap.fill(key, 36), fontsize=8)
+            found = row.get('mean', {}).get(key, [math.nan] * 3)
+            mean, _, half = np.array(found) * (100 if is_share(key) else 1)
+            panel.errorbar([i], [mean], [half], color=COLOURS[i % len(COLOURS)],
+                           marker=MARKERS[i % 5], markersize=5, capsize=3, label=arm)
+        unit = ' (%)' if is_share(key) else ''
+        panel.set_title(textwrap.fill(key + unit, 36), fontsize=8)
         panel.set_xticks([])
         panel.grid(axis='y', alpha=0.25)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=3,

@@ -97,7 +97,7 @@ def solved(model, tokenizer, prompts, written, tokens, n_samples=1):
 
 def share(results):
     """The share that is true."""
-    return statistics.fmean(map(bool, results))
+    return statistics.fmean(results)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def gradient(model, x, y):
 
 
 def largest_curvature(model, x, y):
-    """The largest eigenvalue of the loss's Hessian by size.
+    """The eigenvalue of the loss's Hessian of largest magnitude.
 
     By power iteration, until a round changes it by less than 0.2 %, or ITERATIONS rounds.
 
@@ -254,7 +254,10 @@ def stable_rank(matrices):
 
 
 def without(M, W):
-    """M less its part along W, which of an update is weight decay's."""
+    """M minus its projection on W.
+
+    Weight decay moves along W, so this takes it out of an update.
+    """
     return M - (M * W).sum() / W.square().sum() * W
 
 
@@ -268,6 +271,14 @@ def on_the_line(model, one, other, x, y, points=5):
     return losses
 
 
+def frequent_and_rare(counts):
+    """Masks of token ids by their counts in a text: its frequent half, and its rarest tenth."""
+    order = np.argsort(-counts)
+    so_far = np.cumsum(counts[order]) / counts.sum()             # of the text, by frequency
+    ids = np.arange(len(counts))
+    return np.isin(ids, order[so_far < 0.5]), np.isin(ids, order[so_far > 0.9])
+
+
 def landscape(run, before, first):
     """Sharpness and spectra at a run's end, rare and frequent tokens, and the way to `first`'s end.
 
@@ -277,11 +288,7 @@ def landscape(run, before, first):
     x, y = windows(text, run.block_size(), WINDOWS)
     losses = token_losses(model, x, y)
     counts = np.bincount(text.tokens['train'], minlength=model.config.vocab_size)
-    order = np.argsort(-counts)
-    so_far = np.cumsum(counts[order]) / counts.sum()             # of the text, by frequency
-    ids = np.arange(len(counts))
-    frequent = torch.from_numpy(np.isin(ids, order[so_far < 0.5]))
-    rare = torch.from_numpy(np.isin(ids, order[so_far > 0.9]))
+    frequent, rare = map(torch.from_numpy, frequent_and_rare(counts))
     known = y >= 0
     found = {'loss of the frequent half of the text': losses[known & frequent[y]].mean().item(),
              'loss of the rarest tenth of the text': losses[known & rare[y]].mean().item()}
@@ -301,8 +308,8 @@ def landscape(run, before, first):
             without(end[name] - before[name], before[name]) for name in names)
     line = on_the_line(model, first, end, x, y)
     straight = np.linspace(line[0], line[-1], len(line))
-    found['highest above the line to the first'] = (np.array(line) - straight).max()
-    found['halfway, less the better end'] = line[len(line) // 2] - min(line[0], line[-1])
+    # the barrier of Entezari et al., arXiv 2110.06296
+    found['loss barrier to the first'] = (np.array(line) - straight).max()
     moved = math.sqrt(sum((end[name] - before[name]).square().sum().item() for name in end))
     found['distance from the start'] = moved
     return found

@@ -7,7 +7,6 @@ run.LossWatch.
 """
 import re
 import shlex
-import statistics
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from configurator import fail
 from lab import trials
+from lab.experiments import TEXT
 from processes import temporary_folder
 
 # lines of run.LossWatch, of which the first number is the step
@@ -23,8 +23,6 @@ SPIKE = r'step (\d+): loss .* is a spike'
 APART = r'step (\d+): loss is .* above that of'
 SKIPPED = r'step (\d+) is skipped: it has'
 ANY = f'{SWITCH}|{SPIKE}|{APART}|{SKIPPED}'
-TEXT = ('--sources={}', '--phases.stable.data={"stdlib": 1.0}',
-        '--phases.decay.data={"stdlib": 1.0}')
 
 
 class Sign(NamedTuple):
@@ -129,17 +127,3 @@ def row(sign, switch, provoked, calm):
     return {**sign._asdict(), 'seeds': len(provoked), 'seen': len(firsts),
             'steps_later': [step for step, _ in firsts], 'says': firsts[0][1] if firsts else '',
             'calm': [line for found in calm for _, line in found[:1]]}
-
-
-def table(rows):
-    """Lines of a Markdown table."""
-    head = ('sign', 'look at', 'provoked by', 'said so', 'steps later, median', 'the log says',
-            'without it, said anything')
-    lines = [f'| {" | ".join(head)} |', f'|{" --- |" * len(head)}']
-    for each in rows:
-        later = f'{statistics.median(each["steps_later"]):g}' if each['seen'] else ''
-        cells = (each['sign'], each['look_at'], each['provoked_by'],
-                 f'{each["seen"]} of {each["seeds"]} runs', later, each['says'],
-                 f'{len(each["calm"])} of {each["seeds"]} runs')
-        lines.append(f'| {" | ".join(cells)} |')
-    return lines

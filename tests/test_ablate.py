@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,24 @@ def test_the_interval_is_that_of_students_t(n):
     assert mean / error == pytest.approx(paired.statistic)
 
 
+def test_the_share_of_tokens_is_on_the_line_between_two_budgets():
+    def runs(*losses):
+        return [{'text': loss} for loss in losses]
+
+    budgets = runs(3.0, 3.1), runs(3.2, 3.2), runs(3.6, 3.4), runs(4.0, 4.1)
+    assert ablate.RECIPE_BUDGETS == (1, 0.8, 0.6, 0.4)
+    share = ablate.share_of_tokens(runs(3.5, 3.1), *budgets)
+    assert share == pytest.approx(interval([0.65, 1.0]))         # a quarter of the way to 80 %
+    assert 'with 82.5% ± ' in ablate_page.markdown(
+        {'name': 'recipe', 'question': '?', 'command': 'x', 'model': '5 parameters', 'seeds': 2,
+         'runs': 2, 'hours': 1, 'quick': False, 'kind': 'ablation', 'comparisons': {},
+         'share_of_tokens': share})
+    for others in (runs(2.9, 3.1), runs(3.5, 4.2)):              # outside of the budgets
+        assert ablate.share_of_tokens(others, *budgets) is None
+    assert ablate.share_of_tokens([*runs(3.5), None], *budgets) is None
+    assert ablate.share_of_tokens(runs(3.5, 3.2), *reversed(budgets)) is None
+
+
 def test_every_arm_is_one_that_train_takes():
     for experiment in EXPERIMENTS.values():
         for comparison in experiment(ablate.base_knobs()):
@@ -52,6 +71,30 @@ def test_every_arm_is_one_that_train_takes():
                 stable = trials.train_knobs(*ablate.base_flags(), *flags)['phases'][0]
                 if isinstance(arm.start, tuple):
                     assert (stable['name'], stable['steps']) == ('stable', arm.start[-1])
+
+
+def test_an_arm_does_what_its_name_says():
+    def arms_of(name):
+        knobs = ablate.base_knobs()
+        return {arm.name: arm for comparison in EXPERIMENTS[name](knobs) for arm in comparison.arms}
+
+    def phase_of(arm, name):
+        phases = trials.train_knobs(*ablate.base_flags(), *arm.flags)['phases']
+        return next(phase for phase in phases if phase['name'] == name)
+
+    decays = arms_of('decay_optimizer')
+    assert [arm.start for arm in decays.values()] == ['stable', 'fresh', 'stable', 'embedding kept']
+    optimizers = [phase_of(arm, 'decay')['optimizer'] for arm in decays.values()]
+    assert optimizers == ['adamw', 'adamw', 'muon', 'muon']
+    for arm in decays.values():
+        decay = phase_of(arm, 'decay')
+        assert decay['decay'] == 'exponential' and decay['lr'][1] / decay['lr'][2] == 16
+    longs = {name: phase_of(arm, 'long') for name, arm in arms_of('long_context').items()}
+    assert longs['long, text alone']['data'] == {'recall': 0.0, 'stdlib': 1.0}
+    assert longs['long, no warmup'] == longs['long'] | {'warmup': 0} != longs['long']
+    before = arms_of('steps')['before the decay, no sums read yet']
+    for phase in (longs['no more steps'], phase_of(before, 'decay')):
+        assert (phase['steps'], phase['lr'], phase['embedding_lr']) == (1, (0, 0, 0), (0, 0, 0))
 
 
 def tokens_of(arm):
@@ -112,21 +155,23 @@ def test_the_result_has_other_seeds_than_the_search_and_each_rate_its_flag(monke
     monkeypatch.setattr(ablate, 'quick', False)
     monkeypatch.setattr(ablate, 'seeds', 3)
     monkeypatch.setattr(ablate, 'best_exponents',
-                        lambda arms: ({arm: arm.guess for arm in arms}, {arm: {} for arm in arms}))
+                        lambda arms: ({arm: arm.guess + 1 for arm in arms},
+                                      {arm: {} for arm in arms}))
     monkeypatch.setattr(ablate, 'run', fake_run)
     monkeypatch.setattr(ablate, 'measured', fake_measured)
-    b, c = Arm('b', (), '', 2), Arm('c', (), '', 3)
+    b, c = Arm('b', (), '', 1), Arm('c', (), '', 2)
     table = ablate.compare(Comparison('x', [b, c]))
+    assert {(arm.name, exponent) for arm, _, exponent in asked} == {('b', 2), ('c', 3)}
     assert sorted({seed for _, seed, _ in asked}) == [ablate.first_seed + i for i in (1, 2, 3)]
     mean = sum(range(ablate.first_seed + 1, ablate.first_seed + 4)) / 3
     assert table['c']['difference']['text'][0] == pytest.approx(mean)
     assert [table['b']['exponent'], table['c']['exponent']] == [2, 3]
-    d = c._replace(name='d', guess=5, also=('c',))
+    d = c._replace(name='d', guess=4, also=('c',))
     table = ablate.compare(Comparison('x', [b, c, d]))
     assert table['d']['difference']['text'][0] == pytest.approx(3 * mean)
     assert table['d']['also']['c']['text'][0] == pytest.approx(2 * mean)
     diverged = ablate.compare(Comparison('x', [Arm('a'), b, c]))      # nothing to compare to
-    assert not any('difference' in row for row in diverged.values())
+    assert not any(row.get('difference') for row in diverged.values())
     rates = [trials.train_knobs(*ablate.trial_flags(b, 1, i))['learning_rate'] for i in (-1, 0, 2)]
     assert rates == [0.005, 0.01, 0.04]
 
@@ -135,7 +180,7 @@ def test_a_checkpoint_is_not_compared_with_one_that_diverged(monkeypatch):
     probed = []
 
     def fake_measure(kind, point, first):
-        probed.append((point[0].name, point[1]))
+        probed.append((point[0].name, point[1], first[0].name, first[1]))
         return {'far': point[1]}
 
     def fake_measured(entry):
@@ -145,7 +190,8 @@ def test_a_checkpoint_is_not_compared_with_one_that_diverged(monkeypatch):
     monkeypatch.setattr(ablate, 'measured', fake_measured)
     monkeypatch.setattr(ablate, 'measure_checkpoint', fake_measure)
     table = ablate.compare(Comparison('x', [Arm('a'), Arm('b')], 'length'))
-    assert probed == [(name, ablate.first_seed + 2) for name in 'ab']
+    seed = ablate.first_seed + 2
+    assert probed == [(name, seed, 'a', seed) for name in 'ab']
     assert list(table['b']['mean']) == ['text'] and 'mean' not in table['a']
 
 
@@ -172,7 +218,7 @@ def test_a_stable_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(trials, 'run_script', run_here)
     knobs = ablate.base_knobs()
     trials.prepare_data_of(knobs)
-    folder, trial = ablate.run_before('as it is', 1)
+    folder, trial = ablate.run_before('stable', 1)
     assert run('train.py', *trial, '--checkpoint_interval=2', '--keep=9',
                cwd=tmp_path).returncode == 0
     for file in Path(folder).glob('step_*.pt'):
@@ -227,9 +273,9 @@ def test_an_experiment_in_its_quick_form(name, monkeypatch, capsys):
         texts = [found['text'] for found in row['runs']]
         assert len(set(texts)) == 2 and row['mean']['text'][0] == pytest.approx(sum(texts) / 2)
         assert f'| {arm} | ' in page
-        (first, *_) = table.values()
+        first, *_ = table.values()
         apart = [a['text'] - b['text'] for a, b in zip(row['runs'], first['runs'])]
-        assert row['difference']['text'] == pytest.approx(interval(apart))
+        assert row == first or row['difference']['text'] == pytest.approx(interval(apart))
     plot.main(['ablate'])
     assert Path(ablate.folder, f'{name}.png').stat().st_size > 10_000
     if name in ('long_context', 'why_muon', 'steps'):
@@ -257,6 +303,17 @@ def test_a_run_that_fails_ends_the_signatures(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         signatures.warnings_of(['--knob=1'], [])
     assert 'train.py --knob=1: no such knob' in capsys.readouterr().err
+
+
+def test_a_fault_is_in_the_provoked_run_alone(tmp_path, monkeypatch):
+    ran = []
+    Path('out/ablate').mkdir(parents=True)
+    monkeypatch.setattr(signatures, 'warnings_of', lambda flags, running: ran.append(flags) or [])
+    signatures.provoke([], 6, [1], 1)
+    own = [tuple(flag for flag in flags if not flag.startswith('--out_dir=')) for flags in ran]
+    for sign in signatures.signs():
+        provoked = [flags for flags in own if flags[-len(sign.fault):] == sign.fault]
+        assert any(flags[:-len(sign.fault)] in own for flags in provoked)
 
 
 def test_warnings_are_found_in_a_log(monkeypatch):
@@ -295,24 +352,29 @@ def test_a_run_that_only_lacks_its_scores_is_not_trained_again(tmp_path, monkeyp
     assert ran == ['train.py', 'eval.py']
 
 
-def test_a_checkpoint_that_is_gone_is_named(monkeypatch, capsys):
-    knobs = ablate.base_knobs()
-    trials.prepare_data_of(knobs)
-    arm = Arm('AdamW', (), 'as it is')
-    with pytest.raises(SystemExit):
-        ablate.measure_checkpoint('steps', (arm, 1, 0), (arm, 1, 0))
-    assert 'has no checkpoint any more, of a run that is in' in capsys.readouterr().err
+def test_a_checkpoint_that_is_gone_is_made_again(monkeypatch):
+    monkeypatch.setattr(trials, 'run_script', run_here)
+    trials.prepare_data_of(ablate.base_knobs())
+    point = Arm('AdamW', (), 'stable'), 1, 0
+    before = ablate.run([point], keep=True)[point]
+    (file,) = checkpoints(ablate.run_folder(*point))
+    weights = read_checkpoint(file)['model']
+    for folder in (ablate.run_folder(*point), ablate.start_folder('stable', 1)):
+        shutil.rmtree(folder)
+    assert ablate.run([point], keep=True)[point]['losses'] == before['losses']
+    again = read_checkpoint(file)['model']
+    assert all(torch.equal(w, again[name]) for name, w in weights.items())
 
 
 def test_a_damaged_checkpoint_is_named(monkeypatch, capsys):
     knobs = ablate.base_knobs()
     trials.prepare_data_of(knobs)
-    folder = Path(ablate.run_before('as it is', 1)[0])
+    folder = Path(ablate.run_before('stable', 1)[0])
     folder.mkdir(parents=True)
     (folder / 'step_6.pt').write_bytes(b'cut off')
     monkeypatch.setattr(ablate, 'first_seed', 0)
     with pytest.raises(SystemExit):
-        ablate.compare_all([Comparison('decay', [Arm('AdamW', (), 'as it is')])])
+        ablate.compare_all([Comparison('decay', [Arm('AdamW', (), 'stable')])])
     assert f'{folder}/step_6.pt' in capsys.readouterr().err
 
 
@@ -320,7 +382,7 @@ def test_starts_keep_and_drop_what_they_say(monkeypatch):
     monkeypatch.setattr(trials, 'run_script', run_here)
     knobs = ablate.base_knobs()
     trials.prepare_data_of(knobs)
-    arms = {start: Arm(start, (), start) for start in ('as it is', 'fresh', 'embedding kept')}
+    arms = {start: Arm(start, (), start) for start in ('stable', 'fresh', 'embedding kept')}
     ablate.run([(arm, 1, 0) for arm in arms.values()])
     kept, fresh, embedding = (read_checkpoint(ablate.start_folder(start, 1)) for start in arms)
     for name, weight in kept['model'].items():
@@ -337,6 +399,15 @@ def test_starts_keep_and_drop_what_they_say(monkeypatch):
         ('adamw', 'adamw', 'muon')
 
 
+def test_what_a_run_says_is_what_eval_wrote():
+    scores = {'validation': {'stdlib': {'loss': 3.0}, 'arith': {'loss': 1.0}},
+              'problems': {'arith': {'solved': 1, 'tried': 4, 'by_steps': {'2': [1, 4]}}}}
+    found = ablate.measured({'status': 'ok', 'scores': scores})
+    assert found.pop('both') == pytest.approx(0.67 * 1.0 + 0.33 * 3.0)
+    assert found == {'text': 3.0, 'sums': 1.0, 'solved': 0.25, 'solved by steps': {'2': [1, 4]}}
+    assert f'--block_size={ablate.base_knobs()["phases"][0]["block_size"]}' in ablate.scoring(True)
+
+
 def test_a_run_that_diverged_has_no_mean():
     assert ablate.measured({'status': 'nan'}) is None
     last_steps = {'validation': {'stdlib': {'loss': None}}}
@@ -345,13 +416,23 @@ def test_a_run_that_diverged_has_no_mean():
     assert trials.describe_failure(ruined, 2)['status'] == 'nan'
     result = {'name': 'x', 'question': '?', 'command': 'x', 'model': '5 parameters', 'seeds': 2,
               'runs': 4, 'hours': 1, 'quick': False, 'kind': 'ablation',
-              'comparisons': {'c': {'a': {'exponent': 1, 'mean': {'text': (1, 0, 0)}, 'runs': [{}],
-                                          'difference': {'text': (0, 0, 0)}},
+              'comparisons': {'c': {'a': {'exponent': 1, 'mean': {'text': (1, 0, 0)}, 'runs': [{}]},
                                     'b': {'exponent': -1, 'runs': [None, {}],
                                           'also': {'a': {'text': (-0.5, 0, 0.25)}}}}}}
     page = ablate_page.markdown(result)
     assert '| b (1 of 2 runs diverged) | 0.5 |  |  |' in page
     assert '| the same, less a |  |  | -0.5000 ± 0.2500 |' in page
+
+
+def test_a_difference_is_not_a_mean():
+    first = {'exponent': 0, 'runs': [{}], 'mean': {'text': (3, 0, 0), 'far': (30, 0, 0)}}
+    other = {'exponent': 0, 'runs': [{}], 'mean': {'text': (4, 0, 0), 'far': (50, 0, 0)},
+             'difference': {'text': (1, 0, 0), 'far': (20, 0, 0)}}
+    tables = {'a': first, 'b': other}
+    *_, last = ablate_page.table_of_arms(tables)
+    assert last == '| b | 1 | 4.0000 ± 0.0000 | +1.0000 ± 0.0000 |'
+    *_, last, _ = ablate_page.table_of_probes(tables)
+    assert last == '| far | 30.000 ± 0.000 | 50.000 ± 0.000 (+20.000 ± 0.000) |'
 
 
 def test_a_share_is_in_per_cent_and_its_difference_in_points():
@@ -367,7 +448,8 @@ def test_a_share_is_in_per_cent_and_its_difference_in_points():
     (['recipe', "--flags='"], 'flags="\'": No closing quotation'),
     (['recipe', '--flags=--out_dir=out/x'], '--out_dir is set for each trial'),
     (['recipe', '--flags=--seed=1'], '--seed is set for each trial'),
-    (['recipe', '--flags=--phases.stable.steps=0'], 'should keep their steps'),
+    (['recipe', '--flags=--phases.stable.steps=0'], 'should have steps, and no other'),
+    (['recipe', '--flags=--learning_rate=-1'], 'learning_rate=-1'),
     (['recipe', '--flags=--n_head=3'], 'n_head=3 does not divide n_embd=64'),
     (['recipe', '--folder=file'], 'file')])
 def test_a_mistake_gets_one_line(tmp_path, arguments, says):

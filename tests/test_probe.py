@@ -1,6 +1,7 @@
 """lab/probe.py and lab/variants.py: what is measured on checkpoints; runs changed by no knob."""
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -103,12 +104,54 @@ def test_a_key_is_told_once_and_early():
 def test_a_majority_answers(monkeypatch):
     samples = iter(['#### 3', '#### 4', '#### 4', 'none', '#### 5', 'none'])
 
-    def complete(model, tokenizer, prompts, tokens, **sampling):
+    def complete(model, tokenizer, prompts, tokens, temperature, **sampling):
+        assert (temperature > 0) == (len(prompts) > 2)           # greedy alone is one sample each
         return [SimpleNamespace(text=next(samples)) for _ in prompts]
 
     monkeypatch.setattr(probe, 'complete', complete)
     results = probe.solved(None, None, [[1], [2]], ['#### 4', '#### 5'], 9, 3)
     assert [right for right, _ in results] == [True, False]      # the second has no answer, mostly
+    samples = iter(['#### 4', '#### 4'])
+    results = probe.solved(None, None, [[1], [2]], ['#### 4', '#### 5'], 9)
+    assert [right for right, _ in results] == [True, False]
+
+
+def test_sums_are_told_by_steps_and_way_of_answering(monkeypatch):
+    monkeypatch.setattr(probe, 'PROBLEMS', 3)
+    monkeypatch.setattr(probe, 'solved', lambda model, tokenizer, prompts, written, tokens, n=1:
+                        [(n > 1, 'x')] * len(prompts))
+    monkeypatch.setattr(probe, 'kind_of_error', lambda text, written:
+                        'wrong copy' if written.count('\n') <= 3 else 'wrong result')
+    data = SimpleNamespace(pairs=lambda split: [])
+    found = probe.steps(SimpleNamespace(model=None, tokenizer=SimpleNamespace(encode=list),
+                                        data=lambda name: data))
+    for n in range(1, 7):
+        assert found[f'{n} steps (3 sums), greedy, solved'] == 0
+        assert found[f'{n} steps (3 sums), majority of 8, solved'] == 1
+    errors = [key for key, value in found.items() if 'errors' in key and value == 1]
+    assert errors == ['1 to 3 steps, wrong copy, share of errors',
+                      '4 to 6 steps, wrong result, share of errors']
+
+
+def test_keys_are_told_apart_by_their_distance(monkeypatch):
+    asked = []
+    monkeypatch.setattr(probe, 'PROBLEMS', 10)
+    monkeypatch.setattr(probe, 'windows', lambda data, T, n: [torch.arange(2 * T).view(2, T)] * 2)
+    monkeypatch.setattr(probe, 'token_losses', lambda model, x, y, rows: (x % 1024).float())
+    monkeypatch.setattr(probe, 'solved', lambda model, tokenizer, prompts, *more:
+                        asked.append([len(ids) for ids in prompts]) or [(True, '')])
+    found = probe.length(SimpleNamespace(model=None, tokenizer=SimpleNamespace(encode=str.split),
+                                         data=lambda name: None))
+    near, far = asked
+    assert len(near) == len(far) == 10 and max(near) < 256 <= min(far) and max(far) < 1024
+    assert found['loss of text, positions 0 to 255 of 1024'] == 127.5
+    assert found['loss of text, positions 512 to 1023 of 1024'] == 767.5
+
+
+def test_frequent_and_rare_tokens():
+    frequent, rare = probe.frequent_and_rare(np.array([5, 30, 1, 4, 15, 45]))
+    assert frequent.tolist() == [False] * 5 + [True]
+    assert rare.tolist() == [True, False, True, True, False, False]
 
 
 def test_sums_have_their_number_of_steps_and_were_not_seen():
