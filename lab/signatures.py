@@ -63,7 +63,10 @@ def signs():
 
 
 def warnings_of(flags, running):
-    """[(step, line)] of what a run warns of. running: a list that gets its process."""
+    """[(step, line)] of what a run warns of; ValueError where it failed without a warning.
+
+    running: a list that gets its process.
+    """
     returncode, errors, output = trials.run_script([trials.script_of(flags), *flags], running)
     found = []
     for line in output.splitlines():
@@ -72,7 +75,7 @@ def warnings_of(flags, running):
             found.append((int(step), line))
     if returncode and not found:
         error = trials.describe_failure(errors, returncode)['error']
-        fail(f'train.py {shlex.join(flags)}: {error}')
+        raise ValueError(f'train.py {shlex.join(flags)}: {error}')
     return found
 
 
@@ -108,6 +111,8 @@ def provoke(base_flags, switch, seeds, jobs):
             for flags, found in zip(wanted, pool.map(one, range(len(wanted)), wanted)):
                 said[flags] = found
                 bar.update()
+        except ValueError as e:
+            fail(e)
         finally:
             for process in running:
                 process.kill()

@@ -300,9 +300,11 @@ def test_signatures_in_their_quick_form(monkeypatch, capsys):
 
 def test_a_run_that_fails_ends_the_signatures(monkeypatch, capsys):
     monkeypatch.setattr(trials, 'run_script', lambda words, running: (2, 'a\nno such knob\n', ''))
+    Path('out/ablate').mkdir(parents=True)
     with pytest.raises(SystemExit):
-        signatures.warnings_of(['--knob=1'], [])
-    assert 'train.py --knob=1: no such knob' in capsys.readouterr().err
+        signatures.provoke(['--knob=1'], 6, [1], 1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert 'train.py --knob=1 ' in line and line.endswith(': no such knob')
 
 
 def test_a_fault_is_in_the_provoked_run_alone(tmp_path, monkeypatch):
