@@ -80,8 +80,9 @@ def switch_timing(knobs):
                  f'--phases.stable_muon.steps={stable["steps"] - before}']
         if not before:
             flags.append(f'--phases.stable_muon.warmup={stable["warmup"]}')
+        later_switch = (arms[-1].name,) if len(arms) > 1 else ()    # the first is AdamW
         arms.append(Arm(f'Muon from {share:.0%} of the stable phase on', tuple(flags),
-                        start(share)))
+                        start(share), also=later_switch))
     return [Comparison('when to switch', arms)]
 
 

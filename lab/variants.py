@@ -23,7 +23,7 @@ ATTENTION, FFN = ('qkv', 'out'), ('gate_up', 'down')             # modules
 def muon_for(modules):
     """Let Muon train the matrices of these modules alone.
 
-    The others have half the learning rate, which is what ablate.ADAMW gives AdamW beside Muon.
+    The others have half the learning rate, which is what experiments.ADAMW gives AdamW beside Muon.
     """
     original = muon.make_optimizers
 
