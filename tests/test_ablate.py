@@ -301,6 +301,8 @@ def test_signatures_in_their_quick_form(monkeypatch, capsys):
 def test_a_run_that_fails_ends_the_signatures(monkeypatch, capsys):
     monkeypatch.setattr(trials, 'run_script', lambda words, running: (2, 'a\nno such knob\n', ''))
     Path('out/ablate').mkdir(parents=True)
+    with pytest.raises(ValueError, match='--knob=1: no such'):   # no thread of Ctrl-C's says it
+        signatures.warnings_of(['--knob=1'], [])
     with pytest.raises(SystemExit):
         signatures.provoke(['--knob=1'], 6, [1], 1)
     (line,) = capsys.readouterr().err.splitlines()
