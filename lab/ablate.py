@@ -93,7 +93,7 @@ FILE = Path('out/ablate/trials.jsonl')
 RESULTS = 'results/ablations'
 STATE_DROPPED = ('fresh', 'embedding kept')     # starts without some of the optimizer's state
 PROBE_CODE = Path(probe.__file__).read_text()
-seconds_of = {}               # a core's, of each run that the result needs
+SECONDS_OF = {}               # a core's, of each run that the result needs
 
 
 # --------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def run(points, solve=True, keep=False):
     make_starts(starts)
     entries = results_of(wanted, FILE, made_of(solve), jobs, {}, scoring(solve))
     for flags, entry in zip(wanted, entries):
-        seconds_of[made_of(solve), *flags] = entry['seconds']
+        SECONDS_OF[made_of(solve), *flags] = entry['seconds']
     if keep:                                                     # a checkpoint may be gone since
         finished = [point for point, entry in zip(points, entries) if entry['status'] == 'ok']
         gone = [point for point in finished if not checkpoints(run_folder(*point))]
@@ -445,7 +445,7 @@ def main():
         experiment = EXPERIMENTS[command]
         tables = compare_all(experiment(knobs))
         result |= {'kind': 'ablation', 'question': question_of(experiment), 'comparisons': tables,
-                   'runs': len(seconds_of), 'hours': sum(seconds_of.values()) / 3600}
+                   'runs': len(SECONDS_OF), 'hours': sum(SECONDS_OF.values()) / 3600}
         if command == 'recipe':
             runs_of = [row['runs'] for row in tables['text'].values()]
             result['share_of_tokens'] = share_of_tokens(*runs_of)
@@ -465,7 +465,7 @@ def compare_all(comparisons):
     """{comparison's name: its table}; with --quick, of the first one."""
     if quick:
         comparisons = comparisons[:1]
-    seconds_of.clear()
+    SECONDS_OF.clear()
     prepare_data(comparisons)
     try:
         return {comparison.name: compare(comparison) for comparison in comparisons}

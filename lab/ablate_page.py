@@ -16,7 +16,7 @@ def markdown(result):
     if result['kind'] == 'signatures':
         return '\n'.join([*lines, f'{warning}{result["seeds"]} seeds.', '',
                           *table_of_signs(result['signs']), ''])
-    cost = (f'{result["runs"]} runs, {result["hours"]:.2g} hours of a core, with the search of '
+    cost = (f'{result["runs"]} runs, {result["hours"]:.2g} hours of a core, with any search of '
             'learning rates, without the checkpoints that runs start from')
     lines += [f'{warning}{result["seeds"]} seeds; {cost}.', LEGEND, '']
     for name, table in result['comparisons'].items():
