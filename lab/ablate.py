@@ -112,8 +112,8 @@ def interval(values):
 def share_of_tokens(runs_of_nanogpt, *runs_of_budgets):
     """Interval of the share of tokens with which this recipe has the loss of nanoGPT's.
 
-    Seed by seed, on straight lines between RECIPE_BUDGETS. None where a budget does not lose less
-    than the next smaller one, or the loss is not between those of the largest and the smallest.
+    Seed by seed, on straight lines between RECIPE_BUDGETS. None where the loss does not fall from
+    each budget to the next larger one, or nanoGPT's is not between their losses.
     """
     shares = []
     for nanogpt, *ours in zip(runs_of_nanogpt, *runs_of_budgets):

@@ -197,11 +197,11 @@ def why_muon(knobs):
     """Why does Muon's decay end where it ends: in AdamW's basin, in a flatter place, with other
     spectra, with rare tokens learned? And which of its matrices matter?"""
     adamw, muon = decay_arms(knobs)
-    alone = [muon._replace(name=f'Muon for {part} alone',
-                           flags=(*muon.flags, f'--variant=muon_for_{part}'))
-             for part in ('attention', 'ffn')]
-    alone[1] = alone[1]._replace(also=(alone[0].name,))
-    return [Comparison('ends of the decay', [adamw, muon, *alone], 'landscape')]
+    attention, ffn = (muon._replace(name=f'Muon for {part} alone',
+                                    flags=(*muon.flags, f'--variant=muon_for_{part}'))
+                      for part in ('attention', 'ffn'))
+    ffn = ffn._replace(also=(attention.name,))
+    return [Comparison('ends of the decay', [adamw, muon, attention, ffn], 'landscape')]
 
 
 def steps(knobs):
