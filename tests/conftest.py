@@ -8,6 +8,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')     # before torch: two test proce
 
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -47,6 +48,8 @@ def pytest_configure(config):
     # datasets keeps what it has read by its folder's name, whatever has changed in there: so an
     # earlier run of the tests would decide what this one reads
     os.environ['HF_HOME'] = tempfile.mkdtemp()
+    # a shell's job in the background ignores Ctrl-C, and so would the processes of the tests
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure(config):
