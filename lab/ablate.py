@@ -420,7 +420,7 @@ def main():
     check_range(globals(), 1, 2**31, 'problems')
     check_range(globals(), 0, 2**31, 'first_seed', 'jobs')
     if quick:
-        probe.WINDOWS, probe.PROBLEMS, probe.ITERATIONS = 8, 4, 2
+        probe.WINDOWS, probe.PROBLEMS, probe.ITERATIONS, probe.N_STEPS = 8, 4, 2, (1, 6)
     try:
         check_flags(flags)
         knobs = base_knobs()

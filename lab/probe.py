@@ -31,6 +31,7 @@ from tokenizer import EOS_ID, Encoding, tokenizer_of
 
 WINDOWS = 64                         # of held-out text, spread over its split
 PROBLEMS = 100                       # of each kind
+N_STEPS = (1, 2, 3, 4, 5, 6)         # of sums
 ITERATIONS = 100                     # of power iteration at most
 SAMPLES, TEMPERATURE = 8, 0.7        # of which a majority answers
 
@@ -190,7 +191,7 @@ def steps(run):
     seen = {tokenizer.decode(ids[:-1]) for _, ids in run.data('arith').pairs('train')}
     greedy, majority = {}, {}
     counts = {'1 to 3': Counter(), '4 to 6': Counter()}
-    for n in range(1, 7):
+    for n in N_STEPS:
         prompts, written = sums_of(n, seen, tokenizer)
         tokens = 2 * max(len(tokenizer.encode(text)) for text in written)
         results = solved(model, tokenizer, prompts, written, tokens)

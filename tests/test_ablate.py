@@ -23,7 +23,7 @@ def fresh(tmp_path, monkeypatch):
                        'folder': ablate.RESULTS,
                        'FILE': tmp_path / 'out/ablate/trials.jsonl'}.items():
         monkeypatch.setattr(ablate, key, value)
-    for key in ('WINDOWS', 'PROBLEMS', 'ITERATIONS'):            # --quick lowers them: set back
+    for key in ('WINDOWS', 'PROBLEMS', 'ITERATIONS', 'N_STEPS'):  # --quick lowers them: set back
         monkeypatch.setattr(probe, key, getattr(probe, key))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ablate, 'CONFIG', str(ROOT / 'config/ablation.py'))
