@@ -174,18 +174,18 @@ def in_own_folder(kind, trial):
     return folder, [*trial, f'--out_dir={folder}', '--resume']
 
 
-def trial_flags(arm, seed, exponent, keep=False):
-    """train.py's flags for one run of an arm; keep: its checkpoints stay."""
+def trial_flags(arm, seed, exponent):
+    """train.py's flags for one run of an arm."""
     learning_rate = base_knobs()['learning_rate'] * 2.0**exponent
     trial = [*base_flags(), *arm.flags, f'--seed={seed}', f'--learning_rate={learning_rate!r}']
     if arm.start:
         trial.append(f'--init_from={start_folder(arm.start, seed)}')
-    return in_own_folder('run', trial)[1] if keep else trial
+    return trial
 
 
-def run_folder(arm, seed, exponent):
-    """The folder of a run whose checkpoints stay."""
-    return in_own_folder('run', trial_flags(arm, seed, exponent))[0]
+def kept_run(arm, seed, exponent):
+    """(folder, flags) of the same run, whose checkpoints stay."""
+    return in_own_folder('run', trial_flags(arm, seed, exponent))
 
 
 def start_folder(start, seed):
@@ -236,7 +236,7 @@ def run(points, solve=True, keep=False):
     solve: their entries have to tell of sums that are solved; keep: their checkpoints stay.
     """
     points = list(dict.fromkeys(points))
-    wanted = [trial_flags(*point, keep=keep) for point in points]
+    wanted = [kept_run(*point)[1] if keep else trial_flags(*point) for point in points]
     known = read_trials(FILE)
     missing = [point for point, flags in zip(points, wanted)
                if (made_of(solve), *flags) not in known]
@@ -247,9 +247,9 @@ def run(points, solve=True, keep=False):
         SECONDS_OF[made_of(solve), *flags] = entry['seconds']
     if keep:                                                     # a checkpoint may be gone since
         finished = [point for point, entry in zip(points, entries) if entry['status'] == 'ok']
-        gone = [point for point in finished if not checkpoints(run_folder(*point))]
+        gone = [point for point in finished if not checkpoints(kept_run(*point)[0])]
         make_starts([(arm.start, seed) for arm, seed, _ in gone if arm.start])
-        make_checkpoints(dict(in_own_folder('run', trial_flags(*point)) for point in gone), jobs)
+        make_checkpoints(dict(kept_run(*point) for point in gone), jobs)
     return dict(zip(points, entries))
 
 
@@ -259,7 +259,7 @@ def measure_checkpoint(kind, point, first):
     kind: 'length', 'steps' or 'landscape', a function of probe.py. What was measured is kept beside
     the checkpoint.
     """
-    folder, other = (Path(run_folder(*each)) for each in (point, first))
+    folder, other = (Path(kept_run(*each)[0]) for each in (point, first))
     sha = hashlib.sha256(repr([PROBE_CODE, other.name]).encode()).hexdigest()[:8]
     file = folder / f'{kind}-{sha}.json'
     if not file.exists():

@@ -31,7 +31,8 @@ from train import lr_at
 
 png = ''                      # file to write; '': a name by its kind, in the first one's folder
 
-# Okabe and Ito's colours, which the colour-blind tell apart, without the yellow that paper swallows
+# Okabe and Ito's colours, which the colour-blind tell apart, with a brown in place of the yellow,
+# which paper swallows
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000',
            '#8C510A')
 MARKERS = 'osD^v'

@@ -309,7 +309,7 @@ def test_a_run_that_fails_ends_the_signatures(monkeypatch, capsys):
     assert 'train.py --knob=1 ' in line and line.endswith(': no such knob')
 
 
-def test_a_fault_is_in_the_provoked_run_alone(tmp_path, monkeypatch):
+def test_a_fault_is_in_the_provoked_run_alone(monkeypatch):
     ran = []
     Path('out/ablate').mkdir(parents=True)
     monkeypatch.setattr(signatures, 'warnings_of', lambda flags, running: ran.append(flags) or [])
@@ -361,9 +361,9 @@ def test_a_checkpoint_that_is_gone_is_made_again(monkeypatch):
     trials.prepare_data_of(ablate.base_knobs())
     point = Arm('AdamW', (), 'stable'), 1, 0
     before = ablate.run([point], keep=True)[point]
-    (file,) = checkpoints(ablate.run_folder(*point))
+    (file,) = checkpoints(ablate.kept_run(*point)[0])
     weights = read_checkpoint(file)['model']
-    for folder in (ablate.run_folder(*point), ablate.start_folder('stable', 1)):
+    for folder in (ablate.kept_run(*point)[0], ablate.start_folder('stable', 1)):
         shutil.rmtree(folder)
     assert ablate.run([point], keep=True)[point]['losses'] == before['losses']
     again = read_checkpoint(file)['model']
